@@ -1,0 +1,899 @@
+"""Recurrent networks in one file: cells, layers, models, training and sampling in pure PyTorch.
+
+`rnn.RNN`, `rnn.LSTM` and `rnn.GRU` take the place of torch.nn's: the same arguments, parameter
+names, gate order, initial values, shapes and results. Read from top to bottom: nothing is used
+before it is explained. Nothing is imported beside torch and Python's own library.
+
+Dimensions   T  time steps (symbols in a chunk of text)    I  features that a layer reads
+             B  batch (sequences side by side)             H  hidden units of a layer
+             V  vocabulary (distinct symbols)              G  gates: 1 in RNN, 3 in GRU, 4 in LSTM
+             N  rows, one per step of each sequence: T * B when all are equally long
+
+Equations    x input, h hidden state, c cell state, ' new value, * elementwise product. Every gate
+             sees a = W_ih x + b_ih + W_hh h + b_hh, with its own H rows of W_ih (G*H, I), of
+             W_hh (G*H, H) and of the biases (G*H).
+  RNN        h' = tanh(a)
+  LSTM       i, f, o = sigmoid(a);  g = tanh(a)         input, forget, output gate; candidate
+             c' = f * c + i * g                         forget some, add some
+             h' = o * tanh(c')                          show some
+  GRU        r, z = sigmoid(a)                          reset and update gate
+             n = tanh(W_in x + b_in + r * (W_hn h + b_hn))
+             h' = (1 - z) * n + z * h                   renew some, keep some
+
+Units        Loss: nats per symbol. Perplexity: exp(loss). Bits per character (bpc): loss / ln 2.
+
+Sources      RNN: Elman 1990. LSTM: Hochreiter & Schmidhuber 1997; forget gate: Gers et al. 2000;
+projection: Sak et al. 2014. GRU: Cho et al. 2014. Truncated backpropagation through time (BPTT):
+Williams & Peng 1990. Clipping: Pascanu et al. 2013. Initial values: Glorot & Bengio 2010, Saxe et
+al. 2014; forget bias: Jozefowicz et al. 2015. AdamW: Loshchilov & Hutter 2019. Weight tying: Press
+& Wolf 2017. Character models: Karpathy's char-rnn and nanoGPT.
+"""
+
+import contextlib
+import math
+import os
+import re
+import signal
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections import Counter
+from types import SimpleNamespace
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.utils.rnn import PackedSequence
+
+# ----------------------------------------------------------------------------------------------
+# Cells: one step in time, as pure functions
+#
+# A cell takes gx, the input already multiplied (W_ih x + b_ih for all gates, (B, G*H)); the state,
+# a tuple of (B, H) tensors; and p, the parameters of its layer by torch's names. It returns all
+# that it computed, by name, the new state first. So a new cell is one short function, and nothing
+# that happens inside is hidden: see `RNNBase.trace`.
+
+
+def rnn_step(gx, state, p):
+    (h,) = state  # (B, H)
+    a = gx + F.linear(h, p.weight_hh, p.bias_hh)  # (B, H)
+    return {"h": a.tanh() if p.nonlinearity == "tanh" else a.relu()}
+
+
+def lstm_step(gx, state, p):
+    h, c = state  # (B, H) each; with a projection h is (B, P)
+    i, f, g, o = (gx + F.linear(h, p.weight_hh, p.bias_hh)).chunk(4, dim=-1)  # 4 x (B, H)
+    i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+    c = f * c + i * g
+    h = o * c.tanh()
+    if p.weight_hr is not None:
+        h = F.linear(h, p.weight_hr)  # (B, P)
+    return {"h": h, "c": c, "i": i, "f": f, "g": g, "o": o}
+
+
+def gru_step(gx, state, p):
+    """torch's (and cuDNN's) form: the reset gate acts after the product with W_hn."""
+    (h,) = state  # (B, H)
+    xr, xz, xn = gx.chunk(3, dim=-1)  # 3 x (B, H)
+    hr, hz, hn = F.linear(h, p.weight_hh, p.bias_hh).chunk(3, dim=-1)  # 3 x (B, H)
+    r, z = (xr + hr).sigmoid(), (xz + hz).sigmoid()
+    n = (xn + r * hn).tanh()
+    return {"h": (1 - z) * n + z * h, "r": r, "z": z, "n": n}
+
+
+def original_gru_step(gx, state, p):
+    """The form of Cho et al. 2014: the reset gate acts on h, before the product with W_hn."""
+    (h,) = state  # (B, H)
+    H = h.shape[-1]
+    if p.bias_hh is not None:
+        gx = gx + p.bias_hh  # in this form the two biases only ever appear as their sum
+    a = gx[:, : 2 * H] + F.linear(h, p.weight_hh[: 2 * H])  # (B, 2H)
+    r, z = a.sigmoid().chunk(2, dim=-1)  # 2 x (B, H)
+    n = (gx[:, 2 * H :] + F.linear(r * h, p.weight_hh[2 * H :])).tanh()  # (B, H)
+    return {"h": (1 - z) * n + z * h, "r": r, "z": z, "n": n}
+
+
+def scan(step, gx, sizes, state, p, reverse=False, keep=False):
+    """Run one cell over time.
+
+    Rows are laid out as in a PackedSequence: step t owns the next sizes[t] rows of gx, longest
+    sequence first, so that sizes never grows. Equally long sequences are the case sizes = [B] * T.
+
+    Args: gx (N, G*H); sizes, a list of T ints; state, a tuple of (B, H); reverse: walk from the
+    last step to the first; keep: return all that the cell computed, not only h.
+    Returns: {"h": (N, H)}, with keep every other name too; the final state, a tuple of (B, H).
+    """
+    rows = gx.split(sizes)  # T x (B_t, G*H)
+    kept = [None] * len(rows)
+    for t in reversed(range(len(rows))) if reverse else range(len(rows)):
+        n = sizes[t]
+        if n == len(state[0]):
+            new = step(rows[t], state, p)
+            state = tuple(new.values())[: len(state)]
+        else:
+            # Only the first n sequences have a step t. The others keep their state: their last
+            # one if they have ended, their first one if (in reverse) they are still to begin.
+            new = step(rows[t], tuple(s[:n] for s in state), p)
+            state = tuple(torch.cat((new[name], s[n:])) for name, s in zip(new, state))
+        kept[t] = new if keep else {"h": new["h"]}
+    return {name: torch.cat([step[name] for step in kept]) for name in kept[0]}, state
+
+
+# ----------------------------------------------------------------------------------------------
+# Layers: drop-ins for torch.nn.RNN, LSTM, GRU
+
+
+class RNNBase(nn.Module):
+    """Layers of one cell, stacked, in one or both directions. Arguments and errors as in torch.nn:
+    TypeError and ValueError for the arguments, ValueError and RuntimeError for the input.
+
+    To run a cell of your own through every option, derive from RNN, LSTM or GRU and replace
+    `step`; for further parameters add their shapes to what `shapes` returns.
+    """
+
+    step, gates, states = None, 1, 1  # the cell; its gate blocks; tensors in its state
+    nonlinearity = "tanh"
+
+    def __init__(self, input_size, hidden_size, num_layers=1, bias=True, batch_first=False,
+                 dropout=0.0, bidirectional=False, proj_size=0, device=None, dtype=None):
+        super().__init__()
+        self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
+        self.bias, self.batch_first, self.dropout = bias, batch_first, dropout
+        self.bidirectional, self.proj_size = bidirectional, proj_size
+        self._check_arguments()
+        self.directions = 2 if bidirectional else 1
+        self.output_size = proj_size or hidden_size  # of one direction
+        for k in range(num_layers):
+            reads = input_size if k == 0 else self.output_size * self.directions
+            for suffix in (f"_l{k}", f"_l{k}_reverse")[: self.directions]:
+                for name, shape in self.shapes(reads).items():
+                    value = torch.empty(shape, device=device, dtype=dtype)
+                    setattr(self, name + suffix, nn.Parameter(value))
+        self.reset_parameters()
+
+    def _check_arguments(self):
+        kinds = {"input_size": int, "hidden_size": int, "bias": bool, "batch_first": bool}
+        for name, kind in kinds.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind):
+                raise TypeError(f"{name} should be of type {kind.__name__}, "
+                                f"got: {type(value).__name__}")
+        for name in ("input_size", "hidden_size", "num_layers"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be greater than zero, got {getattr(self, name)}")
+        if type(self.dropout) not in (int, float) or not 0 <= self.dropout <= 1:
+            raise ValueError(f"dropout should be a number in range [0, 1], got {self.dropout}")
+        if self.dropout and self.num_layers == 1:
+            warnings.warn("dropout acts between layers and so needs num_layers greater than 1, "
+                          f"but got dropout={self.dropout} and num_layers=1", stacklevel=4)
+        if self.proj_size and self.gates != 4:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        if not 0 <= self.proj_size < self.hidden_size:
+            raise ValueError("proj_size has to be zero, for no projection, or positive and smaller "
+                             f"than hidden_size={self.hidden_size}, got {self.proj_size}")
+
+    def shapes(self, reads):
+        """The parameters of one direction of one layer that reads so many features."""
+        rows = self.gates * self.hidden_size
+        shapes = {"weight_ih": (rows, reads), "weight_hh": (rows, self.output_size)}
+        if self.bias:
+            shapes |= {"bias_ih": (rows,), "bias_hh": (rows,)}
+        if self.proj_size:
+            shapes |= {"weight_hr": (self.proj_size, self.hidden_size)}
+        return shapes
+
+    def reset_parameters(self):
+        """torch's initial values: uniform within 1/sqrt(H), in the order of registration."""
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -(self.hidden_size**-0.5), self.hidden_size**-0.5)
+
+    def forward(self, input, hx=None):
+        """input: (T, B, I), with batch_first (B, T, I), one sequence (T, I), or a PackedSequence.
+        hx, and the state returned: (num_layers * directions, B, H), for one sequence without B,
+        for LSTM a tuple (h, c); absent means zeros. Returns output and state; the output holds the
+        last layer's hidden state at every step, (T, B, directions * H), laid out as the input."""
+        return self._run(input, hx, keep=False)[:2]
+
+    def trace(self, input, hx=None):
+        """As forward, with a third result: a list, in the order of the state, with all that each
+        layer's cell computed in each direction: {"h": (T, B, H), ...} with cell states and gates
+        by name, laid out as the input. Gradients flow through all of them."""
+        return self._run(input, hx, keep=True)
+
+    def _run(self, input, hx, keep):
+        x, sizes, undo = self._as_rows(input)  # (N, I)
+        state = self._initial_state(input, hx, x, sizes[0])  # (layers * directions, B, H) each
+        ends, traces = [], []
+        for k in range(self.num_layers):
+            if k > 0:
+                x = F.dropout(x, self.dropout, self.training)
+            outputs = []
+            for d in range(self.directions):
+                start = tuple(s[k * self.directions + d] for s in state)  # (B, H) each
+                steps, end = self._direction(x, sizes, start, self._layer(k, d), d == 1, keep)
+                outputs.append(steps["h"])  # (N, H)
+                ends.append(end)
+                traces.append({name: undo(rows) for name, rows in steps.items()})
+            x = torch.cat(outputs, dim=-1) if self.bidirectional else outputs[0]
+        state = tuple(torch.stack(s) for s in zip(*ends))  # (layers * directions, B, H) each
+        if not isinstance(input, PackedSequence):
+            state = tuple(s[:, 0] if input.dim() == 2 else s for s in state)
+        elif input.unsorted_indices is not None:
+            state = tuple(s.index_select(1, input.unsorted_indices) for s in state)
+        return undo(x), state if self.states == 2 else state[0], traces
+
+    def _direction(self, x, sizes, state, p, reverse, keep):
+        """One direction of one layer: x (N, I) -> what `scan` returns. The product with W_ih does
+        not need the state, so it is taken out of time: one large product for all steps."""
+        gx = F.linear(x, p.weight_ih, p.bias_ih)  # (N, G*H)
+        return scan(self.step, gx, sizes, state, p, reverse, keep)
+
+    def _layer(self, k, d):
+        """The parameters of layer k in direction d, by their names without suffix."""
+        p = dict(bias_ih=None, bias_hh=None, weight_hr=None, nonlinearity=self.nonlinearity)
+        for name in self.shapes(1):
+            p[name] = getattr(self, f"{name}_l{k}" + ("_reverse" if d else ""))
+        return SimpleNamespace(**p)
+
+    def _as_rows(self, input):
+        """The input as rows (N, I), the number of rows of each step, and how to undo this."""
+        packed = isinstance(input, PackedSequence)
+        x, weight = input.data if packed else input, self.weight_ih_l0
+        if not packed and x.dim() not in (2, 3):
+            raise ValueError(f"{type(self).__name__}: Expected input to be 2D or 3D, "
+                             f"got {x.dim()}D instead")
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(
+                f"RNN input dtype ({x.dtype}) does not match weight dtype ({weight.dtype}). "
+                f"Convert input: input.to({weight.dtype}), or convert model: model.to({x.dtype})")
+        if x.shape[-1] != self.input_size or x.device != weight.device:
+            raise RuntimeError(f"Expected input.size(-1) {self.input_size} on {weight.device}, "
+                               f"got {x.shape[-1]} on {x.device}")
+        if packed:
+            return x, input.batch_sizes.tolist(), lambda rows: PackedSequence(rows, *input[1:])
+        single = x.dim() == 2
+        x = x[:, None] if single else x.transpose(0, 1) if self.batch_first else x  # (T, B, I)
+        T, B = x.shape[:2]
+        if T == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+
+        def undo(rows):  # (N, H) -> (T, B, H), (B, T, H) or (T, H)
+            y = rows.view(T, B, rows.shape[-1])
+            return y[:, 0] if single else y.transpose(0, 1) if self.batch_first else y
+
+        return x.reshape(T * B, self.input_size), [B] * T, undo
+
+    def _initial_state(self, input, hx, x, B):
+        """hx, checked, or zeros: a tuple of (layers * directions, B, H)."""
+        single = not isinstance(input, PackedSequence) and input.dim() == 2
+        rows = self.num_layers * self.directions
+        widths = (self.output_size, self.hidden_size)[: self.states]
+        if hx is None:
+            return tuple(x.new_zeros(rows, B, width) for width in widths)
+        state = (hx,) if self.states == 1 else tuple(hx)
+        if len(state) != self.states or not all(isinstance(s, torch.Tensor) for s in state):
+            raise TypeError(f"{type(self).__name__}: Expected hx to be "
+                            f"{('a tensor', 'a tuple (h, c)')[self.states - 1]}, got {type(hx)}")
+        for k, (s, width) in enumerate(zip(state, widths)):
+            shape = (rows, width) if single else (rows, B, width)
+            same_type = s.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
+            if s.shape != shape or s.device != x.device or not same_type:
+                raise RuntimeError(f"Expected hidden[{k}] size {shape}, {x.dtype} on {x.device}, "
+                                   f"got {list(s.shape)}, {s.dtype} on {s.device}")
+        if isinstance(input, PackedSequence) and input.sorted_indices is not None:
+            return tuple(s.index_select(1, input.sorted_indices) for s in state)
+        return tuple(s[:, None] if single else s for s in state)
+
+    def extra_repr(self):
+        defaults = {"proj_size": 0, "num_layers": 1, "bias": True, "batch_first": False,
+                    "dropout": 0, "bidirectional": False}
+        changed = [f"{name}={getattr(self, name)}" for name, default in defaults.items()
+                   if getattr(self, name) != default]
+        return ", ".join([f"{self.input_size}, {self.hidden_size}", *changed])
+
+    def flatten_parameters(self):
+        """Nothing to do: torch.nn's method arranges the weights for cuDNN."""
+
+
+class RNN(RNNBase):
+    step = staticmethod(rnn_step)
+
+    def __init__(self, input_size, hidden_size, num_layers=1, nonlinearity="tanh", *args, **kw):
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+        self.nonlinearity = nonlinearity
+        super().__init__(input_size, hidden_size, num_layers, *args, **kw)
+
+
+class LSTM(RNNBase):
+    step, gates, states = staticmethod(lstm_step), 4, 2
+
+
+class GRU(RNNBase):
+    step, gates = staticmethod(gru_step), 3
+
+
+class OriginalGRU(GRU):
+    step = staticmethod(original_gru_step)
+
+
+class CellBase(nn.Module):
+    """One step of one layer, as torch.nn's cells. input (B, I) or (I,); hx (B, H) or (H,), for
+    LSTM a tuple (h, c), absent means zeros. Returns the new state. Raises ValueError for a wrong
+    rank and RuntimeError for sizes that do not fit."""
+
+    layer = None  # the class whose cell this is
+    bias_ih = bias_hh = weight_hr = None
+    reset_parameters = RNNBase.reset_parameters
+
+    def __init__(self, input_size, hidden_size, bias=True, device=None, dtype=None, **kwargs):
+        super().__init__()
+        self.input_size, self.hidden_size, self.bias = input_size, hidden_size, bool(bias)
+        layer = self.layer(input_size, hidden_size, bias=self.bias, device=device, dtype=dtype,
+                           **kwargs)
+        self.gates, self.states, self.nonlinearity = layer.gates, layer.states, layer.nonlinearity
+        for name in layer.shapes(input_size):
+            setattr(self, name, getattr(layer, name + "_l0"))
+
+    def forward(self, input, hx=None):
+        name, B = type(self).__name__, input.shape[:-1]  # () or (B,)
+        state = (input.new_zeros(*B, self.hidden_size),) * self.states if hx is None else hx
+        state = (state,) if isinstance(state, torch.Tensor) else tuple(state)
+        for value in (input, *state):
+            if value.dim() not in (1, 2):
+                raise ValueError(f"{name}: Expected input and hx to be 1D or 2D, "
+                                 f"got {value.dim()}D instead")
+        for value, width in ((input, self.input_size), *((s, self.hidden_size) for s in state)):
+            if value.shape != (*B, width):
+                raise RuntimeError(f"{name}: Expected input {(*B, self.input_size)} and hx "
+                                   f"{(*B, self.hidden_size)}, got {tuple(value.shape)}")
+        rows = tuple(s.view(-1, self.hidden_size) for s in state)  # (B, H) each
+        gx = F.linear(input.view(-1, self.input_size), self.weight_ih, self.bias_ih)  # (B, G*H)
+        new = tuple(self.layer.step(gx, rows, self).values())[: self.states]
+        new = tuple(s.view(*B, self.hidden_size) for s in new)
+        return new if self.states == 2 else new[0]
+
+    def extra_repr(self):
+        return (f"{self.input_size}, {self.hidden_size}" + ("" if self.bias else ", bias=False")
+                + ("" if self.nonlinearity == "tanh" else f", nonlinearity={self.nonlinearity}"))
+
+
+class RNNCell(CellBase):
+    layer = RNN
+
+    def __init__(self, input_size, hidden_size, bias=True, nonlinearity="tanh", **kwargs):
+        super().__init__(input_size, hidden_size, bias, nonlinearity=nonlinearity, **kwargs)
+
+
+class LSTMCell(CellBase):
+    layer = LSTM
+
+
+class GRUCell(CellBase):
+    layer = GRU
+
+
+@torch.no_grad()
+def initialize(module):
+    """Initial values for training, in place of torch's uniform ones, in every layer of `module`:
+    input weights Xavier and recurrent weights orthogonal, each gate's block on its own; biases 0,
+    but 1 for the forget gate, so that an LSTM begins by remembering. torch has two biases that are
+    added, so only b_ih gets the 1: setting both would make it 2."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        if not isinstance(layer, (RNNBase, CellBase)):
+            continue
+        for name, value in layer.named_parameters():
+            if name.startswith("weight_ih"):
+                for block in value.chunk(layer.gates):  # (H, I) each
+                    nn.init.xavier_uniform_(block)
+            elif name.startswith("weight_hh"):
+                for block in value.chunk(layer.gates):  # (H, H) each
+                    nn.init.orthogonal_(block)
+            elif name.startswith("weight_hr"):
+                nn.init.xavier_uniform_(value)
+            elif name.startswith("bias"):
+                nn.init.zeros_(value)
+            if name.startswith("bias_ih") and layer.states == 2:
+                nn.init.ones_(value.chunk(4)[1])  # i, f, g, o
+    return module
+
+
+# ----------------------------------------------------------------------------------------------
+# Models
+
+
+class CharLM(nn.Module):
+    """Language model, N symbols in, N predictions out: embedding, layers, output.
+
+    cell: "rnn", "lstm" or "gru". dropout: on the embedding, between layers and on the output,
+    never on the recurrence. tie: one matrix serves as embedding and as output weights, so embed
+    must equal hidden. one_hot: no embedding, the layer reads one-hot vectors (embed is not used).
+    Raises ValueError for anything else."""
+
+    def __init__(self, vocab_size, embed=64, hidden=256, layers=1, cell="lstm", dropout=0.0,
+                 tie=False, one_hot=False):
+        super().__init__()
+        kinds = {"rnn": RNN, "lstm": LSTM, "gru": GRU}
+        if cell not in kinds:
+            raise ValueError(f"cell must be one of {', '.join(kinds)}, got '{cell}'")
+        if tie and (one_hot or embed != hidden):
+            raise ValueError("tie=True makes the embedding the output weights: it needs embed == "
+                             f"hidden and one_hot=False, got {embed=}, {hidden=}, {one_hot=}")
+        self.config = dict(vocab_size=vocab_size, embed=embed, hidden=hidden, layers=layers,
+                           cell=cell, dropout=dropout, tie=tie, one_hot=one_hot)
+        self.vocab_size = vocab_size
+        self.embedding = None if one_hot else nn.Embedding(vocab_size, embed)
+        self.rnn = kinds[cell](vocab_size if one_hot else embed, hidden, layers,
+                               dropout=dropout if layers > 1 else 0.0)
+        self.drop = nn.Dropout(dropout)
+        self.output = nn.Linear(hidden, vocab_size)
+        if tie:
+            nn.init.normal_(self.embedding.weight, std=hidden**-0.5)  # logits of order 1
+            self.output.weight = self.embedding.weight
+
+    def forward(self, ids, state=None):
+        """ids (B, T) -> logits (B, T, V) and the state after them, as the layer's."""
+        ids = ids.t()  # (T, B): layers run with time first
+        if self.embedding is None:
+            x = F.one_hot(ids, self.vocab_size).to(self.output.weight.dtype)  # (T, B, V)
+        else:
+            x = self.embedding(ids)  # (T, B, embed)
+        x, state = self.rnn(self.drop(x), state)  # (T, B, H)
+        return self.output(self.drop(x)).transpose(0, 1), state  # (B, T, V)
+
+    def init_state(self, batch):
+        """The state before the first symbol: zeros, (layers, B, H), for lstm a tuple of two."""
+        zeros = self.output.weight.new_zeros(self.rnn.num_layers, batch, self.rnn.hidden_size)
+        return (zeros, zeros.clone()) if self.rnn.states == 2 else zeros
+
+
+def map_state(function, *states):
+    """Apply a function to a state, whether a tensor (RNN, GRU) or a tuple of two (LSTM)."""
+    if isinstance(states[0], torch.Tensor):
+        return function(*states)
+    return tuple(function(*parts) for parts in zip(*states))
+
+
+def same_state(a, b):
+    """Whether two states are equal, to 1e-4."""
+    pairs = [(a, b)] if isinstance(a, torch.Tensor) else zip(a, b)
+    return all(torch.allclose(s, t, rtol=1e-4, atol=1e-4) for s, t in pairs)
+
+
+# ----------------------------------------------------------------------------------------------
+# Text: symbols, and batches of them
+
+
+class Vocab:
+    """Symbols <-> indices. `Vocab.of(text)` has a text's characters, sorted; with words=True its
+    words, marks and spaces, the most frequent first. Either way decode(encode(text)) == text.
+
+    With "<unk>" among the symbols, what is not known becomes "<unk>"; without it, encode raises
+    ValueError naming what is unknown."""
+
+    def __init__(self, symbols, words=False):
+        self.symbols, self.words = list(symbols), words
+        self.index = {symbol: k for k, symbol in enumerate(self.symbols)}
+        if len(self.index) < len(self.symbols):
+            raise ValueError("a vocabulary cannot hold the same symbol twice")
+
+    @classmethod
+    def of(cls, text, words=False, max_size=None, specials=()):
+        """max_size: keep the most frequent symbols only, with "<unk>" for all others (added to
+        the specials if need be). specials: symbols such as "<pad>" that come first, from 0 on."""
+        if not text:
+            raise ValueError("cannot make a vocabulary of an empty text")
+        counts = Counter(cls._split(text, words))
+        specials = list(specials)
+        if max_size is not None and max_size < len(counts) + len(specials):
+            specials += [] if "<unk>" in specials else ["<unk>"]
+            if max_size <= len(specials):
+                raise ValueError(f"max_size={max_size} leaves no room beside {specials}")
+        kept = counts.most_common(max_size and max_size - len(specials))
+        symbols = [symbol for symbol, count in kept]
+        return cls(specials + (symbols if words else sorted(symbols)), words)
+
+    @staticmethod
+    def _split(text, words):
+        # A word or a run of marks takes one space before it along; other white space stands alone.
+        return re.findall(r" ?\w+(?:'\w+)*| ?[^\w\s]+|\s+", text) if words else text
+
+    def __len__(self):
+        return len(self.symbols)
+
+    def encode(self, text):
+        """str -> LongTensor (N,)."""
+        symbols = self._split(text, self.words)
+        unknown = self.index.get("<unk>")
+        if unknown is None:
+            missing = sorted(set(symbols) - self.index.keys())
+            if missing:
+                shown = ", ".join(map(repr, missing[:10])) + (", ..." if len(missing) > 10 else "")
+                raise ValueError(f"{len(missing)} symbols are not in the vocabulary: {shown}")
+        return torch.tensor([self.index.get(s, unknown) for s in symbols], dtype=torch.long)
+
+    def decode(self, ids):
+        """Indices -> str."""
+        return "".join(self.symbols[k] for k in torch.as_tensor(ids).tolist())
+
+
+class Batches:
+    """Endless chunks of a text, from ids (N,) that already sit on the device.
+
+    order="sequential": row b begins at b * N / batch and every batch reads on where the last one
+    ended, at the end of the text from its beginning, so that the state can be carried over.
+    order="random": windows from anywhere, so every batch starts from no state.
+    `next()` returns x, y (B, T): y holds the symbol that follows each symbol of x.
+    """
+
+    def __init__(self, ids, batch, context, order="sequential", seed=0):
+        if batch < 1 or context < 1:
+            raise ValueError(f"batch and context must be at least 1, got {batch} and {context}")
+        if order not in ("sequential", "random"):
+            raise ValueError(f"order must be 'sequential' or 'random', got '{order}'")
+        if len(ids) < batch * context + 1:
+            raise ValueError(f"a text of {len(ids)} symbols is too short: one batch of {batch} x "
+                             f"{context} and the symbol after it need {batch * context + 1}; "
+                             "give more text, or a smaller batch or context")
+        self.ids, self.batch, self.context = ids, batch, context
+        self.carries_state = order == "sequential"
+        self.position = 0  # how far every row has read, in symbols
+        self.random = torch.Generator().manual_seed(seed)
+
+    def next(self):
+        N = len(self.ids)
+        if self.carries_state:
+            first = torch.arange(self.batch) * (N // self.batch) + self.position  # (B,)
+            self.position = (self.position + self.context) % N
+        else:
+            first = torch.randint(N - self.context, (self.batch,), generator=self.random)  # (B,)
+        where = (first[:, None] + torch.arange(self.context + 1)) % N  # (B, T + 1)
+        chunk = self.ids[where.to(self.ids.device)]
+        return chunk[:, :-1], chunk[:, 1:]
+
+    def state_dict(self):
+        return {"position": self.position, "random": self.random.get_state()}
+
+    def load_state_dict(self, state):
+        self.position = state["position"]
+        self.random.set_state(state["random"])
+
+
+# ----------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def cross_entropy(logits, targets, reduction="mean"):
+    """Nats per symbol, over all positions: logits (B, T, V), targets (B, T)."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
+
+
+@torch.no_grad()
+def evaluate(model, ids, batch=64, context=256):
+    """The exact loss on a text, ids (N,), in nats per symbol: the state is carried from the first
+    symbol to the last, and all N - 1 predictions count alike. Raises ValueError if N < 2.
+
+    To be quick, `batch` pieces of the text are read side by side. Each should start from the
+    state in which the piece before it ends, which is not known yet: so all start from zeros, then
+    once more from the ends just found. Networks forget: soon a state is as in the pass before, so
+    all that follows is too, and we are done. In the worst case it takes `batch` passes, one for
+    every piece to hear from the first. The result does not depend on `batch` beyond rounding."""
+    predictions = len(ids) - 1
+    if predictions < 1:
+        raise ValueError(f"evaluation needs a text of at least 2 symbols, got {len(ids)}")
+    batch = min(batch, predictions)
+    length = predictions // batch
+    x, y = (ids[k : k + batch * length].view(batch, length) for k in (0, 1))  # (B, length)
+    chunks = range(0, length, context)
+    losses, ends = {}, {}  # of every chunk: the sum of its losses, the state after it
+    training = model.training
+    model.eval()
+    state = zeros = model.init_state(batch)
+    for _ in range(batch):
+        for t in chunks:
+            logits, state = model(x[:, t : t + context], state)
+            losses[t] = cross_entropy(logits, y[:, t : t + context], reduction="sum").double()
+            settled = t in ends and same_state(state, ends[t])
+            ends[t] = state
+            if settled:
+                break
+        if settled:
+            break
+        # Piece b + 1 follows piece b; the first follows nothing.
+        state = map_state(lambda s, z: torch.cat((z[:, :1], s[:, :-1]), dim=1), state, zeros)
+    total = sum(losses.values())
+    if batch * length < predictions:  # the last few symbols, less than one for every piece
+        state = map_state(lambda s: s[:, -1:].contiguous(), ends[chunks[-1]])
+        logits, _ = model(ids[None, batch * length : -1], state)
+        total += cross_entropy(logits, ids[None, batch * length + 1 :], reduction="sum")
+    model.train(training)
+    return float(total) / predictions
+
+
+def perplexity(model, ids, batch=64):
+    """exp of the exact loss: among how many equally likely symbols the model still wavers."""
+    return math.exp(evaluate(model, ids, batch))
+
+
+# ----------------------------------------------------------------------------------------------
+# Sampling
+
+
+@torch.no_grad()
+def generate(model, vocab, prompt="", length=500, temperature=1.0, top_k=None, seed=None,
+             stream=None):
+    """Continue the prompt by `length` symbols and return both as one str.
+
+    The prompt warms the state up; an empty one stands for a new line. temperature: logits are
+    divided by it; 0 always takes the likeliest symbol. top_k: draw among the k likeliest only.
+    stream: a file, such as sys.stdout, that gets every symbol as soon as it is drawn.
+    Raises ValueError for bad values and for symbols of the prompt that the vocabulary lacks."""
+    if not temperature >= 0:
+        raise ValueError(f"temperature must be 0 or more, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    if length < 0:
+        raise ValueError(f"length must be 0 or more, got {length}")
+    was_training = model.training
+    model.eval()
+    device = model.output.weight.device
+    random = torch.Generator()  # on the CPU: the same draw on every device
+    random.seed() if seed is None else random.manual_seed(seed)
+    first = vocab.encode(prompt) if prompt else torch.tensor([vocab.index.get("\n", 0)])
+    logits, state = model(first[None].to(device))  # (1, T, V)
+    pieces = [prompt]
+    if stream:
+        stream.write(prompt)
+    for _ in range(length):
+        scores = logits[0, -1].float().cpu()  # (V,)
+        if top_k is not None:
+            scores[scores < scores.topk(min(top_k, len(scores))).values[-1]] = -math.inf
+        if temperature == 0:
+            k = scores.argmax()
+        else:
+            scores = (scores - scores.max()) / temperature  # at most 0: no overflow
+            k = torch.multinomial(scores.softmax(-1), 1, generator=random)[0]
+        pieces.append(vocab.symbols[k])
+        if stream:
+            stream.write(pieces[-1])
+            stream.flush()
+        logits, state = model(k.view(1, 1).to(device), state)
+    model.train(was_training)
+    return "".join(pieces)
+
+
+# ----------------------------------------------------------------------------------------------
+# Checkpoints
+
+MODELS = {"CharLM": CharLM}
+
+
+def save(path, model, vocab, **training):
+    """Write a checkpoint: one file with the model's kind, config and weights, the vocabulary, and
+    whatever training needs to go on. It appears whole or not at all: a file of another name is
+    written to the end, then renamed, so an earlier checkpoint survives any interruption.
+    Raises OSError naming the path when it cannot be written."""
+    content = {"format": "rnn.py 1", "kind": type(model).__name__, "config": model.config,
+               "weights": model.state_dict(), "symbols": vocab.symbols, "words": vocab.words,
+               "training": training}
+    folder = os.path.dirname(os.path.abspath(path))
+    try:
+        handle, partial = tempfile.mkstemp(dir=folder, suffix=".partial")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except BaseException:
+            os.unlink(partial)
+            raise
+    except (OSError, RuntimeError) as error:
+        raise OSError(f"cannot write the checkpoint {path}: {error}") from error
+
+
+def load(path, device="cpu"):
+    """Read a checkpoint, onto any device: model, vocabulary, and the dict of training's values.
+    Nothing in the file is run. Raises FileNotFoundError, or ValueError if it is damaged or not
+    a checkpoint of this library."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if content["format"] != "rnn.py 1":
+            raise ValueError(f"its format is {content['format']!r}, expected 'rnn.py 1'")
+        model = MODELS[content["kind"]](**content["config"])
+        model.load_state_dict(content["weights"])
+        vocab = Vocab(content["symbols"], content["words"])
+        if len(vocab) != model.vocab_size:
+            raise ValueError(f"{len(vocab)} symbols for a model of {model.vocab_size}")
+        return model.to(device), vocab, content["training"]
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
+        raise
+    except Exception as error:  # torch.load raises many kinds for damaged files
+        raise ValueError(f"{path} is damaged or not a checkpoint of rnn.py: {error}") from error
+
+
+# ----------------------------------------------------------------------------------------------
+# Training
+
+
+@contextlib.contextmanager
+def ctrl_c_between_steps():
+    """Ctrl-C leaves a mark, to be looked at between two steps, so that no step is cut in half; a
+    second one interrupts at once. Only the main thread can do this; in others nothing changes."""
+    pressed = []
+
+    def handler(number, frame):
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, handler) if main else None
+    try:
+        yield pressed
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, before)
+
+
+def random_state(new=None):
+    """The state of torch's random numbers on all devices; with `new`, set to it."""
+    if new is not None:
+        torch.set_rng_state(new["cpu"])
+        torch.cuda.set_rng_state_all(new["cuda"][: torch.cuda.device_count()])
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def report(run, window, seconds, symbols, left):
+    """Print one line on the last steps, window: a list of (loss, gradient norm). Returns the mean
+    loss; raises FloatingPointError if it or a norm is not finite."""
+    losses, norms = torch.stack(window).cpu().unbind(1)  # (steps,) each
+    loss, norm = float(losses.mean()), float(norms.max())
+    if not math.isfinite(loss + norm):
+        raise FloatingPointError(
+            f"training stopped at step {run['step']}: loss {loss}, gradient norm {norm}. A smaller "
+            "lr or clip may help; the last checkpoint remains")
+    note = "  gradient explodes" if norm > 1e3 else ""
+    note = "  gradient vanishes" if float(norms.min()) < 1e-6 else note
+    line = (f"step {run['step']:,}  {run['seconds']:.0f} s, {max(left, 0):.0f} s left  "
+            f"{measures(loss)}  grad {norm:.2g}  "
+            f"{len(window) * symbols / seconds:,.0f} chars/s{note}")
+    terminal = sys.stdout.isatty()  # there the next line takes the place of this one
+    print(f"{line:<99}" if terminal else line, end="\r" if terminal else "\n", flush=True)
+    return loss
+
+
+def measures(loss):
+    """A loss in nats in its three usual forms."""
+    return f"loss {loss:.4f}  ppl {math.exp(min(loss, 99)):.2f}  bpc {loss / math.log(2):.3f}"
+
+
+def backpropagate(model, x, y, state, parts, autocast):
+    """Add the gradient of the mean loss on one batch, x and y (B, T), to the parameters; computed
+    in so many parts of the rows, to save memory. Returns the loss and the state after the batch,
+    detached: its values live on, its graph ends here. That truncates BPTT; without it the graph,
+    and the memory it holds, would reach back to the first batch of all."""
+    loss, ends = 0.0, []
+    for k, (xk, yk) in enumerate(zip(x.chunk(parts), y.chunk(parts))):
+        start = map_state(lambda s, k=k: s.chunk(parts, dim=1)[k], state)  # (layers, B_k, H)
+        with autocast:
+            logits, end = model(xk, start)
+        part = cross_entropy(logits, yk) * (len(xk) / len(x))
+        part.backward()
+        loss += part.detach()
+        ends.append(map_state(torch.Tensor.detach, end))
+    return loss, map_state(lambda *parts: torch.cat(parts, dim=1), *ends)
+
+
+def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, batch=32,
+          context=64, order="sequential", lr=4e-3, warmup=20, schedule="cosine",
+          weight_decay=0.01, clip=1.0, accumulate=1, dtype=torch.float32, seed=0, evals=10,
+          patience=None, resume=None, notes=None):
+    """Train a CharLM by truncated BPTT on ids (N,). Returns a dict: "val_loss" (nats per symbol, of
+    the best checkpoint, whose weights the model then has), "step", "seconds", "chars_per_s",
+    "history" (a list of (step, training loss, val_loss)).
+
+    steps or seconds  the length of the whole run, one of the two
+    order             see Batches; "sequential" carries the state from batch to batch
+    lr, warmup        AdamW's rate rises for `warmup` steps, then falls by the schedule: "cosine",
+    schedule          to 3 %, or "plateau", to half after two evaluations without a new best
+    clip              longer gradients are scaled to this norm; math.inf: none are
+    accumulate        compute the gradient of a batch in so many parts
+    dtype             torch.bfloat16 runs the model under autocast
+    evals, patience   evaluate on val_ids so many times; stop when so many in a row are no best
+    out               folder for best.pt, and for last.pt with all that is needed to go on
+    resume            the third result of `load`: go on there, as if never interrupted
+    notes             a dict that the checkpoints keep
+
+    Ctrl-C ends the run early, but in order. Raises ValueError for bad values, OSError if `out`
+    cannot be written, FloatingPointError when loss or gradient are no longer finite; the last good
+    checkpoint then remains."""
+    options = {"batch": batch, "context": context, "order": order, "lr": lr, "warmup": warmup,
+               "schedule": schedule, "weight_decay": weight_decay, "clip": clip, "seed": seed,
+               "accumulate": accumulate, "dtype": str(dtype), "symbols": len(train_ids)}
+    if (steps is None) == (seconds is None) or (steps or seconds) <= 0:
+        raise ValueError(f"give either steps or seconds, above 0; got {steps=}, {seconds=}")
+    if schedule not in ("cosine", "plateau"):
+        raise ValueError(f"schedule must be 'cosine' or 'plateau', got '{schedule}'")
+    if len(vocab) < 2 or len(val_ids) < 2:
+        raise ValueError("training needs two different symbols, and two symbols to evaluate on; "
+                         f"got {len(vocab)} and {len(val_ids)}")
+    torch.manual_seed(seed)
+    batches, state = Batches(train_ids, batch, context, order, seed), model.init_state(batch)
+    wide, flat = ([p for p in model.parameters() if (p.dim() > 1) == yes] for yes in (True, False))
+    optimizer = torch.optim.AdamW([{"params": wide}, {"params": flat, "weight_decay": 0.0}], lr,
+                                  betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
+    run = {"step": 0, "seconds": 0.0, "halvings": 0, "best": math.inf, "stale": 0, "history": []}
+    if resume:
+        wrong = [f"{name}={options[name]} (it was {old})" for name, old in resume["options"].items()
+                 if options[name] != old]
+        if wrong:
+            raise ValueError("a run cannot be resumed with other values: " + ", ".join(wrong))
+        run = resume["run"]
+        state = map_state(lambda s: s.to(train_ids.device), resume["state"])
+        optimizer.load_state_dict(resume["optimizer"])
+        batches.load_state_dict(resume["batches"])
+        random_state(resume["random"])
+
+    def keep(name):
+        save(os.path.join(out, name), model, vocab, options=options, run=run, notes=notes,
+             state=state, optimizer=optimizer.state_dict(), batches=batches.state_dict(),
+             random=random_state())
+
+    def measure(loss):
+        value = evaluate(model, val_ids)
+        run["history"].append((run["step"], loss, value))
+        run["stale"] = 0 if value < run["best"] else run["stale"] + 1
+        run["halvings"] += run["stale"] > 0 and run["stale"] % 2 == 0
+        print(f"step {run['step']:,}  held-out {measures(value)}", flush=True)
+        if value < run["best"]:
+            run["best"] = value
+            keep("best.pt")
+
+    os.makedirs(out, exist_ok=True)
+    keep("last.pt")  # at once: if the folder cannot be written, no work is lost
+    autocast = torch.autocast(train_ids.device.type, dtype, enabled=dtype != torch.float32)
+    pause = 1 if sys.stdout.isatty() else 10  # seconds between two progress lines
+    began, first = time.perf_counter() - run["seconds"], run["step"]
+    window, since, busy = [], time.perf_counter(), 0.0
+    model.train()
+    with ctrl_c_between_steps() as pressed:
+        done = run["step"] / steps if steps else run["seconds"] / seconds
+        while done < 1 and not pressed and run["stale"] != patience:
+            fall = 0.03 + 0.97 * (1 + math.cos(math.pi * done)) / 2
+            fall = fall if schedule == "cosine" else 0.5 ** run["halvings"]
+            for group in optimizer.param_groups:
+                group["lr"] = lr * min(1.0, (run["step"] + 1) / max(warmup, 1)) * fall
+            x, y = batches.next()  # (B, T) each
+            if not batches.carries_state:
+                state = model.init_state(batch)
+            optimizer.zero_grad()
+            loss, state = backpropagate(model, x, y, state, accumulate, autocast)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+            window.append(torch.stack((loss, norm)))  # read later: do not wait for a GPU here
+            run["step"] += 1
+            run["seconds"] = time.perf_counter() - began
+            before, done = done, run["step"] / steps if steps else run["seconds"] / seconds
+            due = int(done * evals) > int(before * evals)
+            took = time.perf_counter() - since
+            if due or pressed or took > pause:
+                loss = report(run, window, took, batch * context, run["seconds"] * (1 / done - 1))
+                if pressed:
+                    keep("last.pt")  # before an evaluation that an uninterrupted run does not make
+                if due or pressed:
+                    measure(loss)
+                if due:
+                    keep("last.pt")
+                window, since, busy = [], time.perf_counter(), busy + took
+    best = load(os.path.join(out, "best.pt"))[0]
+    model.load_state_dict(best.state_dict())
+    return {"val_loss": run["best"], "step": run["step"], "seconds": run["seconds"],
+            "chars_per_s": (run["step"] - first) * batch * context / max(busy, 1e-9),
+            "history": run["history"]}
