@@ -302,7 +302,7 @@ class RNN(RNNBase):
 
     def __init__(self, input_size, hidden_size, num_layers=1, nonlinearity="tanh", *args, **kw):
         if nonlinearity not in ("tanh", "relu"):
-            raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+            raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select 'tanh' or 'relu'.")
         self.nonlinearity = nonlinearity
         super().__init__(input_size, hidden_size, num_layers, *args, **kw)
 
@@ -325,7 +325,6 @@ class CellBase(nn.Module):
     rank and RuntimeError for sizes that do not fit."""
 
     layer = None  # the class whose cell this is
-    bias_ih = bias_hh = weight_hr = None
     reset_parameters = RNNBase.reset_parameters
 
     def __init__(self, input_size, hidden_size, bias=True, device=None, dtype=None, **kwargs):
@@ -334,6 +333,7 @@ class CellBase(nn.Module):
         layer = self.layer(input_size, hidden_size, bias=self.bias, device=device, dtype=dtype,
                            **kwargs)
         self.gates, self.states, self.nonlinearity = layer.gates, layer.states, layer.nonlinearity
+        self.bias_ih = self.bias_hh = self.weight_hr = None
         for name in layer.shapes(input_size):
             setattr(self, name, getattr(layer, name + "_l0"))
 
@@ -821,11 +821,11 @@ def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, ba
         raise ValueError(f"give either steps or seconds, above 0; got {steps=}, {seconds=}")
     if schedule not in ("cosine", "plateau"):
         raise ValueError(f"schedule must be 'cosine' or 'plateau', got '{schedule}'")
+    torch.manual_seed(seed)
+    batches, state = Batches(train_ids, batch, context, order, seed), model.init_state(batch)
     if len(vocab) < 2 or len(val_ids) < 2:
         raise ValueError("training needs two different symbols, and two symbols to evaluate on; "
                          f"got {len(vocab)} and {len(val_ids)}")
-    torch.manual_seed(seed)
-    batches, state = Batches(train_ids, batch, context, order, seed), model.init_state(batch)
     wide, flat = ([p for p in model.parameters() if (p.dim() > 1) == yes] for yes in (True, False))
     optimizer = torch.optim.AdamW([{"params": wide}, {"params": flat, "weight_decay": 0.0}], lr,
                                   betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)

@@ -12,6 +12,7 @@ early but in order. All flags: --help.
 import argparse
 import hashlib
 import importlib.util
+import io
 import math
 import os
 import pathlib
@@ -64,8 +65,8 @@ def plays():
     text = "\n\n".join(file.read_text("utf-8") for file in sorted(folder.glob("*/*.md")))
     text = re.sub(r"\\(.)", r"\1", text.replace("—", "--"))  # Markdown's escapes; long dashes
     text = re.sub(r"^#.*$", "", text, flags=re.M)  # titles of plays, acts and scenes
-    text = re.sub(r"_+(?:[^_\n]|\n(?!\n))*_+", "", text)  # stage directions
-    text = re.sub(r"^\*\*(.*?)\*\* *$", r"\1:", text, flags=re.M)  # **SPEAKER**
+    text = re.sub(r"_+(?:[^_\n]|\n(?!\n))*_+", "", text).replace("_", "")  # stage directions
+    text = re.sub(r"^\*\*(.*?)\*\*[ :]*$", r"\1:", text, flags=re.M).replace("*", "")  # **SPEAKER**
     text = re.sub(r"[ \t]+$", "", text, flags=re.M)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
@@ -95,7 +96,7 @@ def shakespeare():
 # The job
 
 
-def arguments():
+def make_parser():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--data", metavar="FILE", help="train on this UTF-8 text instead of Shakespeare")
@@ -118,11 +119,11 @@ def arguments():
     add("--dtype", choices=["float32", "bfloat16"], help=f"default {TRAINING['dtype']}")
     add("--seed", type=int, metavar="N", help=f"default {TRAINING['seed']}")
     add("--no-fused", action="store_true", help="never use the fused LSTM of csrc/")
-    add("--prompt", default="\n", metavar="TEXT", help="what the sample continues")
+    add("--prompt", default="", metavar="TEXT", help="what the sample continues")
     add("--length", type=int, default=500, metavar="N", help="symbols to sample, default 500")
     add("--temperature", type=float, default=0.8, metavar="T", help="default 0.8; 0: the likeliest")
     add("--top-k", type=int, metavar="K", help="draw among the K likeliest only")
-    return parser.parse_args()
+    return parser
 
 
 def settle(args, defaults, stored, path):
@@ -136,8 +137,8 @@ def settle(args, defaults, stored, path):
     return {**defaults, **{k: v for k, v in stored.items() if k in defaults}, **given}
 
 
-def main():
-    args = arguments()
+def main(argv=None):
+    args = make_parser().parse_args(argv)
     if args.no_fused:
         os.environ["RNN_FUSED"] = "0"  # read when rnn is imported
     import torch
@@ -145,11 +146,15 @@ def main():
     import rnn
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device} cannot be used: {error}") from error
 
-    def sample(model, vocab):
-        rnn.generate(model, vocab, args.prompt, args.length, args.temperature, args.top_k,
-                     args.seed, stream=sys.stdout)
-        print()
+    def sample(model, vocab, length=args.length, stream=sys.stdout):
+        rnn.generate(model, vocab, args.prompt, length, args.temperature, args.top_k, args.seed,
+                     stream)
+        print(file=stream)
 
     if args.sample:
         model, vocab, _ = rnn.load(args.sample, device)
@@ -159,8 +164,8 @@ def main():
     if args.resume:
         model, vocab, resumed = rnn.load(args.resume, device)
         stored = {**model.config, **resumed["notes"]}
-    model_settings = settle(args, MODEL, stored, args.resume)
-    settings = settle(args, TRAINING, stored, args.resume)
+    settings = settle(args, {**MODEL, **TRAINING}, stored, args.resume)
+    model_settings = {name: settings.pop(name) for name in MODEL}
     length = {"steps": args.steps, "seconds": args.seconds}
     if not (args.steps or args.seconds):
         length = {name: stored.get(name) for name in length} if stored else {"seconds": 180.0}
@@ -174,6 +179,7 @@ def main():
         vocab = rnn.Vocab.of(text)
         torch.manual_seed(settings["seed"])
         model = rnn.initialize(rnn.CharLM(len(vocab), **model_settings)).to(device)
+    sample(model, vocab, 0, io.StringIO())  # a bad prompt or temperature must show now, not later
     ids = vocab.encode(text).to(device)
     split = int(0.9 * len(ids))
     params = sum(p.numel() for p in model.parameters())
@@ -198,4 +204,4 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit("error: " + (str(error).splitlines() or [type(error).__name__])[0])

@@ -1,0 +1,469 @@
+"""Models, text, evaluation, sampling, checkpoints and training of rnn.py."""
+
+import contextlib
+import io
+import math
+import os
+import pickle
+import signal
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+import rnn
+
+CELLS = ["lstm", "gru", "rnn"]
+
+
+def small(vocab, **options):
+    torch.manual_seed(0)
+    return rnn.initialize(rnn.CharLM(len(vocab), **{"embed": 8, "hidden": 12, **options}))
+
+
+@pytest.fixture
+def vocab(text):
+    return rnn.Vocab.of(text)
+
+
+@pytest.fixture
+def ids(text, vocab):
+    return vocab.encode(text)
+
+
+# ---- models ----
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("options", [{}, {"one_hot": True}, {"tie": True, "embed": 12},
+                                     {"layers": 2, "dropout": 0.5}], ids=str)
+def test_char_lm_shapes_and_carried_state(vocab, ids, cell, options):
+    model = small(vocab, cell=cell, **options).double().eval()
+    x = ids[:60].view(3, 20)
+    whole, end = model(x)
+    assert whole.shape == (3, 20, len(vocab))
+    first, state = model(x[:, :7], model.init_state(3))
+    second, state = model(x[:, 7:], state)
+    torch.testing.assert_close(torch.cat((first, second), 1), whole, rtol=1e-12, atol=1e-12)
+    rnn.map_state(lambda a, b: torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12), state, end)
+    if options.get("layers"):
+        assert not torch.equal(model.train()(x)[0], whole)  # dropout is at work
+
+
+def test_char_lm_equals_torch_modules(vocab, ids):
+    model = small(vocab).double()
+    theirs = nn.LSTM(8, 12, dtype=torch.float64)
+    theirs.load_state_dict(model.rnn.state_dict())
+    x = ids[:60].view(3, 20)
+    expected = model.output(theirs(model.embedding(x.t()))[0]).transpose(0, 1)
+    torch.testing.assert_close(model(x)[0], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_tied_weights_are_one_parameter(vocab):
+    model = small(vocab, tie=True, embed=12)
+    assert model.output.weight is model.embedding.weight
+    assert sum(p.numel() for p in model.parameters()) == (
+        len(vocab) * 12 + len(vocab) + sum(p.numel() for p in model.rnn.parameters()))
+
+
+@pytest.mark.parametrize("options,message", [
+    ({"cell": "elman"}, "one of rnn, lstm, gru, got 'elman'"),
+    ({"tie": True}, "embed=64, hidden=256"),
+    ({"tie": True, "one_hot": True}, "one_hot=True"),
+])
+def test_char_lm_wrong_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        rnn.CharLM(10, **options)
+
+
+# ---- text ----
+
+
+@pytest.mark.parametrize("text", [
+    "plain", "tabs\tand\r\nline ends\n\n", "naïve — “quoted” ✓", "日本語テキスト",
+    "\U0001f469\u200d\U0001f467 é e\u0301",
+    "\x00\x7f\ufeff", "a  b   c\n  d", " leading", "don't; can't -- stop!?", "\ud800 lone",
+])
+@pytest.mark.parametrize("words", [False, True])
+def test_round_trip(text, words):
+    vocab = rnn.Vocab.of(text, words=words)
+    assert vocab.decode(vocab.encode(text)) == text
+
+
+def test_vocab_order_specials_and_max_size():
+    assert rnn.Vocab.of("banana").symbols == ["a", "b", "n"]
+    words = rnn.Vocab.of("to be or not to be, to be", words=True, max_size=4, specials=("<pad>",))
+    assert words.symbols == ["<pad>", "<unk>", " be", " to"]
+    assert words.decode(words.encode("x to be")) == "<unk> to be"
+    assert len(rnn.Vocab.of("banana", max_size=3)) == 3  # nothing to cut, no "<unk>" needed
+
+
+def test_vocab_errors():
+    with pytest.raises(ValueError, match="empty text"):
+        rnn.Vocab.of("")
+    with pytest.raises(ValueError, match="2 symbols are not in the vocabulary: 'x', 'é'"):
+        rnn.Vocab.of("abc").encode("axébé")
+    with pytest.raises(ValueError, match="max_size=1 leaves no room"):
+        rnn.Vocab.of("abc", max_size=1)
+    with pytest.raises(ValueError, match="twice"):
+        rnn.Vocab(["a", "a"])
+
+
+def test_sequential_batches_read_on_and_around():
+    ids = torch.arange(23)
+    batches = rnn.Batches(ids, batch=2, context=5)
+    seen = [batches.next() for _ in range(6)]
+    for x, y in seen:
+        assert x.shape == y.shape == (2, 5)
+        assert torch.equal(y, (x + 1) % 23)
+    row = torch.cat([x[0] for x, _ in seen])
+    assert torch.equal(row, torch.arange(30) % 23)
+    assert seen[0][0][1, 0] == 11  # the second row begins in the middle
+
+
+def test_random_batches_are_windows_and_repeat_with_the_seed():
+    ids = torch.arange(100)
+    a, b, c = (rnn.Batches(ids, 4, 9, order="random", seed=s) for s in (1, 1, 2))
+    xa, ya = a.next()
+    assert torch.equal(ya, xa + 1) and torch.equal(xa[:, 1:], xa[:, :-1] + 1)
+    assert torch.equal(xa, b.next()[0]) and not torch.equal(xa, c.next()[0])
+    starts = torch.cat([a.next()[0][:, 0] for _ in range(500)])
+    assert starts.min() == 0 and starts.max() == 100 - 9 - 1  # every window, the last one too
+
+
+@pytest.mark.parametrize("arguments,message", [
+    ((2, 50), "a text of 100 symbols is too short: one batch of 2 x 50 .* need 101"),
+    ((0, 5), "at least 1, got 0 and 5"), ((2, 5, "shuffled"), "got 'shuffled'"),
+])
+def test_batches_wrong_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        rnn.Batches(torch.arange(100), *arguments)
+
+
+# ---- evaluation ----
+
+
+class Fixed(nn.Module):
+    """Gives the same logits to every symbol: its loss can be worked out by hand."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = torch.tensor(logits)
+
+    def init_state(self, batch):
+        return torch.zeros(1, batch, 1)
+
+    def forward(self, ids, state):
+        return self.logits.expand(*ids.shape, -1), state
+
+
+def test_evaluate_by_hand():
+    """p(a) = 1/2, p(b) = 1/4, p(c) = 1/4; predicted are b, c, a, a, a: 2 + 2 + 1 + 1 + 1 bits."""
+    model = Fixed([math.log(2), 0.0, 0.0])
+    for batch in (1, 2, 5, 64):
+        loss = rnn.evaluate(model, torch.tensor([0, 1, 2, 0, 0, 0]), batch=batch)
+        assert loss == pytest.approx(7 / 5 * math.log(2), rel=1e-6)
+
+
+def test_perplexity_of_a_uniform_model_is_v():
+    assert rnn.perplexity(Fixed([0.0] * 17), torch.arange(17)) == pytest.approx(17, rel=1e-6)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("keep", [0.0, 8.0], ids=["forgets", "remembers"])
+def test_evaluate_does_not_depend_on_batch_or_context(vocab, ids, cell, keep):
+    """One pass over the whole text against pieces side by side; also with a forget or update gate
+    so far open, sigmoid(8) = 0.9997, that a state outlives its piece."""
+    model = small(vocab, cell=cell).double()
+    with torch.no_grad():
+        if cell != "rnn":
+            model.rnn.bias_ih_l0[12:24] += keep
+        logits, _ = model(ids[None, :-1])
+        expected = nn.functional.cross_entropy(logits[0], ids[1:]).item()
+    for batch, context in ((1, 1000), (1, 7), (5, 16), (32, 256), (10**6, 256)):
+        assert rnn.evaluate(model, ids, batch, context) == pytest.approx(expected, rel=1e-6)
+    assert model.training
+
+
+def test_evaluate_needs_two_symbols(vocab):
+    with pytest.raises(ValueError, match="at least 2 symbols, got 1"):
+        rnn.evaluate(small(vocab), torch.tensor([1]))
+
+
+# ---- sampling ----
+
+
+def test_generate(vocab, text):
+    model = small(vocab)
+    one = rnn.generate(model, vocab, "Ann", 40, seed=3)
+    assert one.startswith("Ann") and len(one) == 43
+    assert one == rnn.generate(model, vocab, "Ann", 40, seed=3)
+    assert one != rnn.generate(model, vocab, "Ann", 40, seed=4)
+    greedy = rnn.generate(model, vocab, "Ann", 40, temperature=0)
+    assert greedy == rnn.generate(model, vocab, "Ann", 40, top_k=1)
+    assert greedy == rnn.generate(model, vocab, "Ann", 40, temperature=1e-30)
+    assert len(rnn.generate(model, vocab, "", 10)) == 10
+    assert rnn.generate(model, vocab, "Ann", 0) == "Ann"
+    assert rnn.generate(model, vocab, "Ann", 40, seed=3, top_k=10**6) == one
+    stream = io.StringIO()
+    assert rnn.generate(model, vocab, "Ann", 40, seed=3, stream=stream) == stream.getvalue()
+    assert model.training
+
+
+def test_generate_is_the_model_s_own_distribution(vocab):
+    """Greedy sampling with a carried state equals reading the whole prefix again every time."""
+    model = small(vocab).eval()
+    written = "Ann"
+    for _ in range(20):
+        logits, _ = model(vocab.encode(written)[None])
+        written += vocab.symbols[logits[0, -1].argmax()]
+    assert written == rnn.generate(model, vocab, "Ann", 20, temperature=0)
+
+
+def test_generate_leaves_the_global_random_numbers_alone(vocab):
+    before = torch.get_rng_state()
+    rnn.generate(small(vocab), vocab, "Ann", 5)
+    torch.manual_seed(0)
+    rnn.generate(small(vocab), vocab, "Ann", 5)
+    after_init = torch.get_rng_state()
+    small(vocab)
+    assert torch.equal(after_init, torch.get_rng_state()) and before is not None
+
+
+@pytest.mark.parametrize("arguments,message", [
+    ({"temperature": -1}, "temperature must be 0 or more, got -1"),
+    ({"temperature": math.nan}, "temperature must be 0 or more, got nan"),
+    ({"top_k": 0}, "top_k must be at least 1, got 0"), ({"length": -1}, "got -1"),
+    ({"prompt": "Zoë"}, "2 symbols are not in the vocabulary: 'Z', 'ë'"),
+])
+def test_generate_wrong_arguments(vocab, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        rnn.generate(small(vocab), vocab, **arguments)
+
+
+# ---- checkpoints ----
+
+
+def test_save_and_load(vocab, tmp_path):
+    model = small(vocab, layers=2, cell="gru")
+    rnn.save(tmp_path / "a.pt", model, vocab, note=[1, "two"])
+    again, again_vocab, training = rnn.load(tmp_path / "a.pt")
+    assert again.config == model.config and again_vocab.symbols == vocab.symbols
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters()))
+    assert training == {"note": [1, "two"]} and os.listdir(tmp_path) == ["a.pt"]
+
+
+def test_damaged_and_foreign_checkpoints(vocab, tmp_path):
+    path, bad = tmp_path / "a.pt", tmp_path / "bad.pt"
+    rnn.save(path, small(vocab), vocab)
+    whole = path.read_bytes()
+    for tenth in range(10):
+        bad.write_bytes(whole[: len(whole) * tenth // 10])
+        with pytest.raises(ValueError, match="bad.pt is damaged or not a checkpoint"):
+            rnn.load(bad)
+    content = torch.load(path)
+    for change in ({"format": "nanoGPT"}, {"kind": "Transformer"}, {"symbols": ["a"]},
+                   {"config": {**content["config"], "hidden": 13}}):
+        torch.save({**content, **change}, bad)
+        with pytest.raises(ValueError, match="bad.pt is damaged or not a checkpoint"):
+            rnn.load(bad)
+    torch.save([1, 2], bad)
+    with pytest.raises(ValueError, match="not a checkpoint"):
+        rnn.load(bad)
+    with pytest.raises(FileNotFoundError):
+        rnn.load(tmp_path / "missing.pt")
+
+
+class Payload:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with open("evil.pt", "wb") as file:
+        pickle.dump({"format": Payload()}, file, protocol=2)
+    torch.save({"format": Payload()}, "evil2.pt")
+    for name in ("evil.pt", "evil2.pt"):
+        with pytest.raises(ValueError, match="not a checkpoint"):
+            rnn.load(name)
+    assert not os.path.exists("executed")
+
+
+def test_an_interrupted_save_keeps_the_old_checkpoint(vocab, tmp_path, monkeypatch):
+    path = tmp_path / "a.pt"
+    rnn.save(path, small(vocab), vocab, version=1)
+
+    def fail(content, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match=r"cannot write the checkpoint .*a\.pt.*No space"):
+        rnn.save(path, small(vocab), vocab, version=2)
+    monkeypatch.undo()
+    assert rnn.load(path)[2] == {"version": 1} and os.listdir(tmp_path) == ["a.pt"]
+
+
+def test_a_folder_that_cannot_be_written(vocab, tmp_path):
+    with pytest.raises(OSError, match="cannot write the checkpoint"):
+        rnn.save(tmp_path / "no" / "a.pt", small(vocab), vocab)
+
+
+# ---- training ----
+
+
+def run(text, out, **options):
+    vocab = rnn.Vocab.of(text)
+    ids = vocab.encode(text)
+    model = options.pop("model", None) or small(vocab, **options.pop("config", {}))
+    split = int(0.9 * len(ids))
+    settings = {"batch": 4, "context": 16, "lr": 1e-2, "evals": 2}
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        result = rnn.train(model, vocab, ids[:split], ids[split:], out, **{**settings, **options})
+    return model, result, printed.getvalue()
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"order": "random"}, {"schedule": "plateau"}, {"accumulate": 3},
+    {"dtype": torch.bfloat16}, {"config": {"cell": "gru"}}, {"config": {"cell": "rnn"}},
+    {"config": {"layers": 2, "dropout": 0.02}, "lr": 3e-2},
+], ids=str)
+def test_training_learns(text, tmp_path, options):
+    _, result, printed = run(text, tmp_path, steps=200, **options)
+    assert result["val_loss"] < 0.9  # the letters' frequencies alone: 2.4
+    assert [h[0] for h in result["history"]] == [100, 200]
+    best, vocab, _ = rnn.load(tmp_path / "best.pt")
+    value = rnn.evaluate(best, vocab.encode(text)[int(0.9 * len(text)):])
+    assert value == pytest.approx(result["val_loss"], abs=1e-6)
+    for part in ("step 200", "loss", "ppl", "bpc", "grad", "s left", "chars/s", "held-out"):
+        assert part in printed
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"order": "random"}, {"schedule": "plateau"}, {"config": {"layers": 2, "dropout": 0.3}},
+    {"config": {"cell": "gru"}}], ids=str)
+def test_resumed_equals_uninterrupted(text, tmp_path, monkeypatch, options):
+    """Ctrl-C in the middle, then on from last.pt: the same weights, bit for bit."""
+    whole, expected, _ = run(text, tmp_path / "whole", steps=24, evals=3, **options)
+    last = rnn.load(tmp_path / "whole" / "last.pt")[0]
+    steps, plain = [], rnn.backpropagate
+
+    def interrupting(*args):
+        steps.append(1)
+        if len(steps) == 11:
+            signal.raise_signal(signal.SIGINT)
+        return plain(*args)
+
+    monkeypatch.setattr(rnn, "backpropagate", interrupting)
+    _, half, _ = run(text, tmp_path / "parts", steps=24, evals=3, **options)
+    assert half["step"] == 11
+    monkeypatch.undo()
+    model, vocab, training = rnn.load(tmp_path / "parts" / "last.pt")
+    options.pop("config", None)
+    torch.manual_seed(99)  # must not matter
+    _, result, _ = run(text, tmp_path / "parts", steps=24, evals=3, model=model, resume=training,
+                       **options)
+    resumed = rnn.load(tmp_path / "parts" / "last.pt")[0]
+    for (name, a), b in zip(last.named_parameters(), resumed.parameters()):
+        assert torch.equal(a, b), name
+    assert [h[::2] for h in result["history"]] == [h[::2] for h in expected["history"]]
+
+
+def test_accumulation_gives_the_same_gradient(vocab, ids):
+    x, y = ids[:96].view(6, 16), ids[1:97].view(6, 16)
+    gradients, ends = [], []
+    for parts in (1, 4):
+        model = small(vocab).double()
+        loss, end = rnn.backpropagate(model, x, y, model.init_state(6), parts,
+                                      contextlib.nullcontext())
+        gradients.append([p.grad for p in model.parameters()] + [loss])
+        ends.append(end)
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-7)  # the loss is float32
+    torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-12)
+    assert not ends[0][0].requires_grad  # detached
+
+
+def test_early_stopping(text, tmp_path):
+    _, result, _ = run(text, tmp_path, steps=400, evals=200, patience=3, lr=0.3)
+    values = [value for _, _, value in result["history"]]
+    assert result["step"] < 400 and min(values[-3:]) >= min(values) == values[-4]
+    assert result["val_loss"] == values[-4]  # the best one, not the last one
+
+
+def test_not_a_number_stops_with_the_reason(text, tmp_path, monkeypatch):
+    plain, steps = rnn.backpropagate, []
+
+    def failing(model, *args):
+        loss, state = plain(model, *args)
+        steps.append(1)
+        return loss * (math.nan if len(steps) == 70 else 1), state
+
+    monkeypatch.setattr(rnn, "backpropagate", failing)
+    with pytest.raises(FloatingPointError, match="loss nan, gradient norm"):
+        run(text, tmp_path, steps=100)
+    good, _, training = rnn.load(tmp_path / "last.pt")
+    assert training["run"]["step"] == 50
+    assert all(p.isfinite().all() for p in good.parameters())
+
+
+@pytest.mark.parametrize("scale,words", [(1e-9, "gradient vanishes"), (1e6, "gradient explodes")])
+def test_vanishing_and_exploding_gradients_are_noticed(text, tmp_path, monkeypatch, scale, words):
+    plain = rnn.cross_entropy
+    monkeypatch.setattr(rnn, "cross_entropy", lambda *a, **k: plain(*a, **k) * scale)
+    assert words in run(text, tmp_path, steps=2)[2]
+    monkeypatch.undo()
+    assert words not in run(text, tmp_path, steps=2)[2]
+
+
+def test_training_runs_for_the_seconds_it_is_given(text, tmp_path):
+    _, result, _ = run(text, tmp_path, seconds=1.0)
+    assert 1.0 <= result["seconds"] < 10 and len(result["history"]) == 2
+
+
+def test_training_outside_the_main_thread(text, tmp_path):
+    results = []
+    thread = threading.Thread(target=lambda: results.append(run(text, tmp_path, steps=2)))
+    thread.start()
+    thread.join()
+    assert results[0][1]["step"] == 2
+
+
+@pytest.mark.parametrize("options,message", [
+    ({}, "either steps or seconds"), ({"steps": 2, "seconds": 2.0}, "either steps or seconds"),
+    ({"steps": -1}, "steps=-1"), ({"steps": 1, "schedule": "linear"}, "got 'linear'"),
+    ({"steps": 1, "order": "shuffled"}, "got 'shuffled'"),
+    ({"steps": 1, "batch": 4000}, "is too short"),
+])
+def test_train_wrong_arguments(text, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        run(text, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_train_needs_something_to_predict(tmp_path):
+    with pytest.raises(ValueError, match="two different symbols.* got 1 and 100"):
+        run("a" * 1000, tmp_path, steps=1)
+
+
+def test_resume_with_other_values(text, tmp_path):
+    run(text, tmp_path, steps=2)
+    model, _, training = rnn.load(tmp_path / "last.pt")
+    with pytest.raises(ValueError, match=r"batch=5 \(it was 4\), lr=0.02 \(it was 0.01\)"):
+        run(text, tmp_path, steps=4, model=model, resume=training, batch=5, lr=0.02)
+
+
+def test_train_into_a_folder_that_cannot_be_made(text, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        run(text, tmp_path / "file" / "out", steps=2)
+
+
+def test_detaching_bounds_the_graph(vocab, ids):
+    """Without detach, the loss of a later batch still depends on the first one's parameters."""
+    model = small(vocab)
+    x, y = ids[:32].view(2, 16), ids[1:33].view(2, 16)
+    _, state = rnn.backpropagate(model, x, y, model.init_state(2), 1, contextlib.nullcontext())
+    assert all(s.grad_fn is None and not s.requires_grad for s in state)
+    assert model(x, state)[1][0].requires_grad

