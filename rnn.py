@@ -30,8 +30,10 @@ al. 2014; forget bias: Jozefowicz et al. 2015. AdamW: Loshchilov & Hutter 2019. 
 """
 
 import contextlib
+import importlib.util
 import math
 import os
+import platform
 import re
 import signal
 import sys
@@ -119,6 +121,113 @@ def scan(step, gx, sizes, state, p, reverse=False, keep=False):
             state = tuple(torch.cat((new[name], s[n:])) for name, s in zip(new, state))
         kept[t] = new if keep else {"h": new["h"]}
     return {name: torch.cat([step[name] for step in kept]) for name in kept[0]}, state
+
+
+# ----------------------------------------------------------------------------------------------
+# The fused LSTM, optional: `scan(lstm_step, ...)` as native code, where csrc/ has been built
+#
+# RNN_FUSED=0 in the environment: never use it; 1: fail where it is not built; unset: use it if built.
+
+FUSED = os.environ.get("RNN_FUSED", "")
+if FUSED not in ("", "0", "1"):
+    raise ValueError(f"RNN_FUSED must be 0, 1 or unset, got '{FUSED}'")
+
+
+def build():
+    """Compile csrc/ unless that has been done, and switch the fused LSTM on. Needs a C++ compiler
+    and ninja; torch keeps the result for next time. Raises RuntimeError when it does not work."""
+    from torch.utils import cpp_extension  # slow to import, so only here
+
+    folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), "csrc")
+    try:
+        sources = [os.path.join(folder, name) for name in sorted(os.listdir(folder))
+                   if name.endswith(".cpp")]
+        cpp_extension.load("rnn_C", sources, extra_cflags=compiler_flags())
+        _switch_on()
+    except Exception as error:
+        raise RuntimeError(f"the fused LSTM cannot be built from {folder}: {error}") from error
+
+
+def compiler_flags():
+    """For the machine at hand: its own vector instructions; OpenMP where compilers come with it."""
+    native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+    return ["-O3", native] + ([] if sys.platform == "darwin" else ["-fopenmp"])
+
+
+def _switch_on():
+    """Tell torch the shapes that the operators return, so that torch.compile can trace them."""
+
+    @torch.library.register_fake("rnn::lstm_forward")
+    def _(gx, h0, c0, w_hh, sizes, reverse, save):
+        N, H = gx.shape[0], w_hh.shape[1]
+        return gx.new_empty(N, H), gx.new_empty(N, H), gx.new_empty(N if save else 0, 4 * H)
+
+    @torch.library.register_fake("rnn::lstm_backward")
+    def _(dh, dc, gates, c, c0, w_hh, sizes, reverse):
+        return torch.empty_like(gates), torch.empty_like(c0), torch.empty_like(c0)
+
+    global fused_is_built
+    fused_is_built = True
+
+
+fused_is_built = False
+if FUSED != "0" and importlib.util.find_spec("rnn_C"):  # from setup.py
+    try:
+        importlib.import_module("rnn_C")
+        _switch_on()
+    except (ImportError, OSError, RuntimeError) as error:
+        warnings.warn(f"rnn_C does not fit this Python, torch or CPU ({error}): LSTM runs its plain "
+                      "path. Build it again with: python setup.py develop", stacklevel=2)
+
+
+class FusedLSTM(torch.autograd.Function):
+    """One direction of one layer: x (N, I), h0 and c0 (B, H) -> h, c (N, H) after every row."""
+
+    @staticmethod
+    def forward(ctx, x, h0, c0, w_ih, w_hh, b_ih, b_hh, sizes, reverse, save):
+        gx = F.linear(x, w_ih, None if b_ih is None else b_ih + b_hh)  # (N, 4H)
+        h, c, gates = torch.ops.rnn.lstm_forward(gx, h0, c0, w_hh, sizes, reverse, save)
+        ctx.save_for_backward(x, h0, c0, w_ih, w_hh, b_ih, b_hh, h, c, gates)
+        ctx.sizes, ctx.reverse = sizes, reverse
+        ctx.set_materialize_grads(False)
+        return h, c
+
+    @staticmethod
+    def backward(ctx, dh, dc):
+        *inputs, h, c, gates = ctx.saved_tensors
+        x, h0, c0, w_ih, w_hh, b_ih, b_hh = inputs
+        dh = torch.zeros_like(h) if dh is None else dh
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # A graph of this very computation is asked for, to differentiate it once more. The
+            # operators have no derivative; so compute all again on the plain path, which has.
+            dc = torch.zeros_like(c) if dc is None else dc
+            inputs = [t if t is None else t.view_as(t) for t in inputs]  # no two of them the same
+            h, c = plain_lstm(*inputs, ctx.sizes, ctx.reverse)[0]
+            wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad) if needed]
+            found = iter(torch.autograd.grad((h, c), wanted, (dh, dc), create_graph=True))
+            return *(next(found) if needed else None for needed in ctx.needs_input_grad),
+        da, dh0, dc0 = torch.ops.rnn.lstm_backward(dh, dc, gates, c, c0, w_hh, ctx.sizes,
+                                                   ctx.reverse)  # (N, 4H), (B, H), (B, H)
+        before = rows_before(h, h0, ctx.sizes, ctx.reverse)  # (N, H)
+        db = None if b_ih is None else da.sum(0)
+        return da @ w_ih, dh0, dc0, da.t() @ x, da.t() @ before, db, db, None, None, None
+
+
+def rows_before(h, h0, sizes, reverse):
+    """(N, H): the hidden state from which every row's step began."""
+    steps = h.split(sizes)  # T x (B_t, H)
+    steps = (*steps[1:], h0[:0]) if reverse else (h0, *steps[:-1])
+    return torch.cat([s[:n] if len(s) >= n else torch.cat((s, h0[len(s) : n]))
+                      for s, n in zip(steps, sizes)])
+
+
+def rows_at_the_end(rows, sizes, reverse):
+    """(B, H): of (N, H), each sequence's row at the last step of the walk."""
+    if reverse:
+        return rows[: sizes[0]]
+    steps = rows.split(sizes)  # T x (B_t, H); sequence b is in the first steps, as long as it lasts
+    after = [*sizes[1:], 0]
+    return torch.cat([s[n:] for s, n in zip(steps, after)][::-1])
 
 
 # ----------------------------------------------------------------------------------------------
