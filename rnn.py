@@ -126,7 +126,7 @@ def scan(step, gx, sizes, state, p, reverse=False, keep=False):
 # ----------------------------------------------------------------------------------------------
 # The fused LSTM, optional: `scan(lstm_step, ...)` as native code, where csrc/ has been built
 #
-# RNN_FUSED=0 in the environment: never use it; 1: fail where it is not built; unset: use it if built.
+# RNN_FUSED=0 in the environment: never use it; 1: fail if it is not built; unset: use it if it is.
 
 FUSED = os.environ.get("RNN_FUSED", "")
 if FUSED not in ("", "0", "1"):
@@ -156,38 +156,38 @@ def compiler_flags():
 
 def _switch_on():
     """Tell torch the shapes that the operators return, so that torch.compile can trace them."""
+    global fused_is_built
 
     @torch.library.register_fake("rnn::lstm_forward")
-    def _(gx, h0, c0, w_hh, sizes, reverse, save):
-        N, H = gx.shape[0], w_hh.shape[1]
-        return gx.new_empty(N, H), gx.new_empty(N, H), gx.new_empty(N if save else 0, 4 * H)
+    def _(x, w_ih, bias, h0, c0, w_hh, sizes, reverse, save):
+        N, H = x.shape[0], w_hh.shape[1]
+        return x.new_empty(N, H), x.new_empty(N, H), x.new_empty(N if save else 0, 4 * H)
 
     @torch.library.register_fake("rnn::lstm_backward")
     def _(dh, dc, gates, c, c0, w_hh, sizes, reverse):
         return torch.empty_like(gates), torch.empty_like(c0), torch.empty_like(c0)
 
-    global fused_is_built
     fused_is_built = True
 
 
 fused_is_built = False
-if FUSED != "0" and importlib.util.find_spec("rnn_C"):  # from setup.py
+if FUSED != "0" and importlib.util.find_spec("rnn_C"):  # built by setup.py
     try:
         importlib.import_module("rnn_C")
         _switch_on()
     except (ImportError, OSError, RuntimeError) as error:
-        warnings.warn(f"rnn_C does not fit this Python, torch or CPU ({error}): LSTM runs its plain "
-                      "path. Build it again with: python setup.py develop", stacklevel=2)
+        warnings.warn(f"rnn_C does not fit this Python, torch or CPU ({error}): LSTM runs "
+                      "plain. To build it anew: python setup.py develop", stacklevel=2)
 
 
 class FusedLSTM(torch.autograd.Function):
-    """One direction of one layer: x (N, I), h0 and c0 (B, H) -> h, c (N, H) after every row."""
+    """One direction of one layer. x (N, I), h0 and c0 (B, H), W_ih (4H, I), the sum of the biases
+    (4H), W_hh (4H, H) -> h and c (N, H), after every row's step. csrc/lstm.h has the equations."""
 
     @staticmethod
-    def forward(ctx, x, h0, c0, w_ih, w_hh, b_ih, b_hh, sizes, reverse, save):
-        gx = F.linear(x, w_ih, None if b_ih is None else b_ih + b_hh)  # (N, 4H)
-        h, c, gates = torch.ops.rnn.lstm_forward(gx, h0, c0, w_hh, sizes, reverse, save)
-        ctx.save_for_backward(x, h0, c0, w_ih, w_hh, b_ih, b_hh, h, c, gates)
+    def forward(ctx, x, h0, c0, w_ih, bias, w_hh, sizes, reverse, save):
+        h, c, gates = torch.ops.rnn.lstm_forward(x, w_ih, bias, h0, c0, w_hh, sizes, reverse, save)
+        ctx.save_for_backward(x, h0, c0, w_ih, bias, w_hh, h, c, gates)
         ctx.sizes, ctx.reverse = sizes, reverse
         ctx.set_materialize_grads(False)
         return h, c
@@ -195,26 +195,40 @@ class FusedLSTM(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dh, dc):
         *inputs, h, c, gates = ctx.saved_tensors
-        x, h0, c0, w_ih, w_hh, b_ih, b_hh = inputs
+        x, h0, c0, w_ih, bias, w_hh = inputs
         dh = torch.zeros_like(h) if dh is None else dh
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # A graph of this very computation is asked for, to differentiate it once more. The
-            # operators have no derivative; so compute all again on the plain path, which has.
+            # This gradient is to be differentiated once more, which the operators cannot do. So
+            # compute all again on the plain path, and let autograd build the gradient's graph.
+            inputs = [t.view_as(t) for t in inputs]  # each of its own, should one come twice
+            x, h0, c0, w_ih, bias, w_hh = inputs
+            p = SimpleNamespace(weight_hh=w_hh, bias_hh=None, weight_hr=None)
+            steps, _ = scan(lstm_step, F.linear(x, w_ih, bias), ctx.sizes, (h0, c0), p, ctx.reverse,
+                            keep=True)
             dc = torch.zeros_like(c) if dc is None else dc
-            inputs = [t if t is None else t.view_as(t) for t in inputs]  # no two of them the same
-            h, c = plain_lstm(*inputs, ctx.sizes, ctx.reverse)[0]
-            wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad) if needed]
-            found = iter(torch.autograd.grad((h, c), wanted, (dh, dc), create_graph=True))
-            return *(next(found) if needed else None for needed in ctx.needs_input_grad),
+            found = torch.autograd.grad((steps["h"], steps["c"]), inputs, (dh, dc),
+                                        create_graph=True, materialize_grads=True)
+            return *found, None, None, None
         da, dh0, dc0 = torch.ops.rnn.lstm_backward(dh, dc, gates, c, c0, w_hh, ctx.sizes,
                                                    ctx.reverse)  # (N, 4H), (B, H), (B, H)
-        before = rows_before(h, h0, ctx.sizes, ctx.reverse)  # (N, H)
-        db = None if b_ih is None else da.sum(0)
-        return da @ w_ih, dh0, dc0, da.t() @ x, da.t() @ before, db, db, None, None, None
+        # The products of tall matrices are quickest with the narrow one of the two transposed.
+        dw_ih = (x.t() @ da).t()  # (4H, I)
+        dw_hh = (rows_before(h, h0, ctx.sizes, ctx.reverse).t() @ da).t()  # (4H, H)
+        dx = da @ w_ih if ctx.needs_input_grad[0] else None  # (N, I)
+        return dx, dh0, dc0, dw_ih, da.sum(0), dw_hh, None, None, None
+
+
+def inside_torch_func():
+    """Whether vmap, grad, jvp or another transform is at work: these take the plain path."""
+    forward_mode = torch.autograd.forward_ad._current_level >= 0
+    return forward_mode or torch._C._are_functorch_transforms_active()
 
 
 def rows_before(h, h0, sizes, reverse):
-    """(N, H): the hidden state from which every row's step began."""
+    """(N, H): the hidden state from which every row's step began, of h (N, H) and h0 (B, H)."""
+    B = len(h0)
+    if sizes[-1] == B:  # all equally long
+        return torch.cat((h[B:], h0) if reverse else (h0, h[:-B]))
     steps = h.split(sizes)  # T x (B_t, H)
     steps = (*steps[1:], h0[:0]) if reverse else (h0, *steps[:-1])
     return torch.cat([s[:n] if len(s) >= n else torch.cat((s, h0[len(s) : n]))
@@ -222,12 +236,11 @@ def rows_before(h, h0, sizes, reverse):
 
 
 def rows_at_the_end(rows, sizes, reverse):
-    """(B, H): of (N, H), each sequence's row at the last step of the walk."""
-    if reverse:
-        return rows[: sizes[0]]
-    steps = rows.split(sizes)  # T x (B_t, H); sequence b is in the first steps, as long as it lasts
-    after = [*sizes[1:], 0]
-    return torch.cat([s[n:] for s, n in zip(steps, after)][::-1])
+    """(B, H): of rows (N, H), those of each sequence's last step in walking order."""
+    if reverse or sizes[-1] == sizes[0]:
+        return rows[: sizes[0]] if reverse else rows[len(rows) - sizes[0] :]
+    steps = rows.split(sizes)  # T x (B_t, H); sequences n .. B_t end where n go on
+    return torch.cat([s[n:] for s, n in zip(steps, [*sizes[1:], 0]) if len(s) > n][::-1])
 
 
 # ----------------------------------------------------------------------------------------------
@@ -418,6 +431,23 @@ class RNN(RNNBase):
 
 class LSTM(RNNBase):
     step, gates, states = staticmethod(lstm_step), 4, 2
+
+    def _direction(self, x, sizes, state, p, reverse, keep):
+        """As for every layer; but the fused LSTM, if built, when it can do what is asked."""
+        plain = super()._direction
+        if FUSED == "1" and not fused_is_built:
+            raise RuntimeError("RNN_FUSED=1, but the fused LSTM is not built: run python setup.py "
+                               "develop, or call rnn.build()")
+        if (not fused_is_built or keep or self.proj_size or self.step is not lstm_step
+                or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64)
+                or torch.is_autocast_enabled(x.device.type) or inside_torch_func()):
+            return plain(x, sizes, state, p, reverse, keep)
+        bias = p.bias_ih + p.bias_hh if self.bias else p.weight_hh.new_zeros(len(p.weight_hh))
+        inputs = (x, *state, p.weight_ih, bias, p.weight_hh)
+        save = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+        h, c = FusedLSTM.apply(*inputs, sizes, reverse, save)  # (N, H) each
+        end = (rows_at_the_end(h, sizes, reverse), rows_at_the_end(c, sizes, reverse))
+        return {"h": h}, end
 
 
 class GRU(RNNBase):

@@ -1,0 +1,21 @@
+// Names the operators; lstm_cpu.cpp (and, for GPUs, lstm_cuda.cu) bring their implementations.
+// torch.ops lets other Python threads run (releases the GIL) while an operator works.
+#include <torch/extension.h>
+#include <torch/library.h>
+
+TORCH_LIBRARY(rnn, m) {
+  m.def("lstm_forward(Tensor x, Tensor w_ih, Tensor bias, Tensor h0, Tensor c0, Tensor w_hh, "
+        "int[] sizes, bool reverse, bool save) -> (Tensor, Tensor, Tensor)");
+  m.def("lstm_backward(Tensor dh, Tensor? dc, Tensor gates, Tensor c, Tensor c0, Tensor w_hh, "
+        "int[] sizes, bool reverse) -> (Tensor, Tensor, Tensor)");
+}
+
+// An empty Python module: importing it loads this library, which registers the operators. A
+// library compiled for another CPU must say so here, rather than crash in the first product.
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+#if defined(__AVX512F__)
+  TORCH_CHECK(__builtin_cpu_supports("avx512f"), "rnn_C was compiled for a CPU with AVX-512");
+#elif defined(__AVX2__)
+  TORCH_CHECK(__builtin_cpu_supports("avx2"), "rnn_C was compiled for a CPU with AVX2");
+#endif
+}

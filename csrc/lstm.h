@@ -1,0 +1,93 @@
+// One direction of an LSTM layer as two operators: all steps forward, all steps backward.
+//
+// Legend    T steps   B sequences   I features of the input   H hidden units
+//           N rows: one for every step of every sequence, T * B when all are equally long
+//           Gates stand in the order i, f, g, o: columns 0..H, H..2H, 2H..3H, 3H..4H of a (.., 4H)
+//
+// Forward   for every step t in walking order (0 .. T-1; T-1 .. 0 when `reverse`), with h', c' the
+//           state after the step before (at first h0, c0):
+//               a = bias + x[t] W_ih^T + h' W_hh^T
+//               i, f, o = sigmoid(a_i, a_f, a_o)           g = tanh(a_g)
+//               c = f * c' + i * g                         h = o * tanh(c)
+//
+// Backward  the steps the other way round. da', dc' come from the step just done, which is the one
+//           after this step in walking order (at first zero); dh[t], dc[t] come from outside:
+//               dh = dh[t] + da' W_hh
+//               dc = dc[t] + dc' f' + dh * o * (1 - tanh(c)^2)        f' of the step just done
+//               da_i = dc * g * i (1 - i)                  da_f = dc * c' * f (1 - f)
+//               da_g = dc * i * (1 - g^2)                  da_o = dh * tanh(c) * o (1 - o)
+//           After the loop, outside of the operator, each is one matrix product:
+//               dx = da W_ih    dW_ih = da^T x    dW_hh = da^T h'    dbias = sum of da over rows
+//
+// Rows      are laid out as in a PackedSequence: step t owns sizes[t] rows, right after those of
+//           step t-1; row b of a step belongs to sequence b. Longer sequences come first, so sizes
+//           never grow, and sizes[0] is B. A sequence's state starts from h0, c0 at the first of
+//           its steps that the walk meets, and stays when there are no more.
+//
+// Tensors   Inputs are only read, results are new. All are of one type, float32 or float64.
+//           A number is always summed in the same order, whatever the threads: results are the
+//           same bits from run to run and for any number of threads.
+#pragma once
+#include <ATen/ATen.h>
+
+#include <optional>
+#include <tuple>
+
+namespace rnn {
+
+using Three = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+// -> h (N,H), c (N,H) and gates (N,4H), activated; gates (0,4H) unless `save`
+Three lstm_forward(const at::Tensor& x,     // (N,I)
+                   const at::Tensor& w_ih,  // (4H,I)
+                   const at::Tensor& bias,  // (4H)
+                   const at::Tensor& h0,    // (B,H)
+                   const at::Tensor& c0,    // (B,H)
+                   const at::Tensor& w_hh,  // (4H,H)
+                   at::IntArrayRef sizes, bool reverse, bool save);
+
+// -> da (N,4H), dh0 (B,H), dc0 (B,H)
+Three lstm_backward(const at::Tensor& dh,                 // (N,H)
+                    const std::optional<at::Tensor>& dc,  // (N,H), absent means zero
+                    const at::Tensor& gates,              // (N,4H), from lstm_forward
+                    const at::Tensor& c,                  // (N,H), from lstm_forward
+                    const at::Tensor& c0,                 // (B,H)
+                    const at::Tensor& w_hh,               // (4H,H)
+                    at::IntArrayRef sizes, bool reverse);
+
+// ---- Checks that every device's implementation makes first ----
+
+inline void check_matrix(const char* name, const at::Tensor& t, const at::Tensor& like,
+                         int64_t rows, int64_t columns) {
+  TORCH_CHECK(t.device() == like.device() && t.layout() == at::kStrided, "lstm: ", name,
+              " must be a dense tensor on ", like.device(), ", got ", t.device());
+  TORCH_CHECK(t.scalar_type() == like.scalar_type(), "lstm: ", name, " is ", t.scalar_type(),
+              ", but w_hh is ", like.scalar_type());
+  TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, "lstm: ", name,
+              " must be (", rows, ", ", columns, "), got ", t.sizes());
+}
+
+// w_hh decides H, the type and the device of all others.
+inline int64_t check_w_hh(const at::Tensor& w) {
+  TORCH_CHECK(w.dim() == 2 && w.size(1) >= 1 && w.size(0) % 4 == 0 && w.size(0) / 4 == w.size(1),
+              "lstm: w_hh must be (4H, H), got ", w.sizes());
+  TORCH_CHECK(w.scalar_type() == at::kFloat || w.scalar_type() == at::kDouble,
+              "lstm: float32 or float64 expected, got ", w.scalar_type());
+  check_matrix("w_hh", w, w, w.size(0), w.size(1));
+  return w.size(1);
+}
+
+inline void check_sizes(at::IntArrayRef sizes, int64_t B, int64_t N) {
+  int64_t left = N, before = B;
+  TORCH_CHECK(sizes.empty() ? N == 0 : sizes[0] == B, "lstm: sizes must begin with the number of "
+              "sequences, ", B, ", got ", sizes);
+  for (int64_t n : sizes) {
+    TORCH_CHECK(0 <= n && n <= before, "lstm: sizes must never grow nor be negative, got ", n,
+                " after ", before);
+    TORCH_CHECK(n <= left, "lstm: sizes add up to more than the ", N, " rows of the input");
+    left -= before = n;
+  }
+  TORCH_CHECK(left == 0, "lstm: sizes add up to ", N - left, ", but the input has ", N, " rows");
+}
+
+}  // namespace rnn

@@ -1,0 +1,407 @@
+// The operators of lstm.h on the CPU, float32 and float64.
+//
+// The whole walk over time happens inside one team of threads. W_ih and W_hh are first copied into
+// panels, in the order in which the inner loop reads them. A tile, a few rows of the batch x one
+// panel of units, is summed over all of K in vector registers and goes through the nonlinearities
+// while still in the nearest cache. The state travels from step to step in a small buffer.
+#include "lstm.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <vector>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+namespace rnn {
+namespace {
+
+// ---- Vectors: the compiler's own vector types, as wide as the registers of the machine at hand.
+// Tiles of kRows x 2 or kRows/2 x 4 sums, the weights and one value of x fill the registers.
+
+#if defined(__AVX512F__)
+constexpr int kBytes = 64, kRows = 12;  // of 32 registers
+#elif defined(__AVX__)
+constexpr int kBytes = 32, kRows = 6;  // of 16
+#else
+constexpr int kBytes = 16, kRows = 6;  // SSE has 16, Arm 32
+#endif
+
+template <typename T> struct Simd;
+template <> struct Simd<float> {
+  typedef float V __attribute__((vector_size(kBytes)));
+  typedef float Unaligned __attribute__((vector_size(kBytes), aligned(4), may_alias));
+  typedef int32_t I __attribute__((vector_size(kBytes)));
+  static constexpr int mantissa = 23, bias = 127, terms = 7;
+  static constexpr float largest = 88;  // e^88 is still finite
+};
+template <> struct Simd<double> {
+  typedef double V __attribute__((vector_size(kBytes)));
+  typedef double Unaligned __attribute__((vector_size(kBytes), aligned(8), may_alias));
+  typedef int64_t I __attribute__((vector_size(kBytes)));
+  static constexpr int mantissa = 52, bias = 1023, terms = 14;
+  static constexpr double largest = 708;
+};
+template <typename T> using Vec = typename Simd<T>::V;
+template <typename T> constexpr int kLanes = kBytes / sizeof(T);
+
+// Of a vector's lanes only the first n exist in memory: the last panel may reach beyond H.
+template <typename T> inline Vec<T> load(const T* p, int64_t n) {
+  using Unaligned = typename Simd<T>::Unaligned;
+  if (n >= kLanes<T>) return *reinterpret_cast<const Unaligned*>(p);
+  Vec<T> v{};
+  for (int64_t j = 0; j < n; ++j) v[j] = p[j];
+  return v;
+}
+template <typename T> inline void store(T* p, Vec<T> v, int64_t n) {
+  using Unaligned = typename Simd<T>::Unaligned;
+  if (n >= kLanes<T>) *reinterpret_cast<Unaligned*>(p) = v;
+  else for (int64_t j = 0; j < n; ++j) p[j] = v[j];
+}
+
+// e^x - 1, exact to the last bits also near 0: with x = n ln2 + r, |r| <= ln2 / 2, it is
+// 2^n (e^r - 1) + (2^n - 1), and e^r - 1 is its Taylor series. NaN stays NaN.
+template <typename T> inline Vec<T> expm1(Vec<T> x) {
+  using S = Simd<T>;
+  constexpr T ln2_high = 355.0L / 512;  // has few bits, so that n * ln2_high is exact
+  constexpr T ln2_low = 0.693147180559945309417232L - 355.0L / 512;
+  constexpr T round = 1.5L * (int64_t(1) << S::mantissa);  // adding it rounds to an integer
+  x = S::largest < x ? S::largest - Vec<T>{} : x;
+  x = -S::largest > x ? -S::largest - Vec<T>{} : x;
+  Vec<T> shifted = x * T(1.442695040888963407359925L) + round;  // n stands in its lowest bits
+  Vec<T> n = shifted - round;
+  Vec<T> r = x - n * ln2_high - n * ln2_low;
+  long double factorial = 1;
+  T inverse[S::terms + 1];  // 1 / k!, worked out by the compiler
+  for (int k = 1; k <= S::terms; ++k) inverse[k] = T(1 / (factorial *= k));
+  Vec<T> p = inverse[S::terms] - Vec<T>{};
+  for (int k = S::terms - 1; k >= 1; --k) p = p * r + inverse[k];
+  Vec<T> power = (Vec<T>)(((typename S::I)shifted + S::bias) << S::mantissa);  // 2^n
+  return power * (p * r) + (power - 1);
+}
+template <typename T> inline Vec<T> sigmoid(Vec<T> x) { return 1 / (2 + expm1<T>(-x)); }
+template <typename T> inline Vec<T> tanh(Vec<T> x) {
+  Vec<T> m = expm1<T>(-2 * x);
+  return -m / (2 + m);
+}
+
+// ---- The product: a tile of R rows x one panel of V vectors, added to `out` ----
+
+// out[r][v] += sum over k of x[r * stride + k] * w[k][v], all sums in registers, in order of k
+template <typename T, int R, int V>
+void tile(const T* x, int64_t stride, const Vec<T>* w, int64_t K, Vec<T>* out) {
+  Vec<T> sum[R][V];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) sum[r][v] = out[r * V + v];
+  for (int64_t k = 0; k < K; ++k, w += V)
+    for (int r = 0; r < R; ++r) {
+      Vec<T> value = x[r * stride + k] - Vec<T>{};  // in all lanes (`+` would be a real addition)
+      for (int v = 0; v < V; ++v) sum[r][v] += value * w[v];
+    }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) out[r * V + v] = sum[r][v];
+}
+
+template <typename T, int V, int R = kRows * 2 / V>
+void product(int64_t rows, const T* x, int64_t stride, const Vec<T>* w, int64_t K, Vec<T>* out) {
+  if constexpr (R > 1)
+    if (rows < R) return product<T, V, R - 1>(rows, x, stride, w, K, out);
+  tile<T, R, V>(x, stride, w, K, out);
+}
+
+// ---- Threads ----
+
+inline void barrier() {
+#ifdef _OPENMP
+#pragma omp barrier
+#endif
+}
+
+// What one thread does. Either some rows of the batch for all units: then it never needs what
+// another one has computed. Or some units for all rows: then its part of the weights stays in its
+// own cache, but every step must wait for all threads to end the one before.
+struct Share {
+  int64_t row, row_end, panel, panel_end;
+  int64_t pack, pack_end;  // panels to copy at the beginning
+  bool alone;
+};
+
+// Runs body(share) on a team of threads. It may be smaller than asked for, and is one thread
+// without OpenMP: shares follow its true size. Inside another parallel region, one thread.
+template <typename Body>
+void team(int64_t panels, at::IntArrayRef sizes, double weight_bytes, const Body& body) {
+  const int64_t B = sizes[0];
+  auto share = [&](int64_t id, int64_t count) {
+    const int64_t p0 = panels * id / count, p1 = panels * (id + 1) / count;
+    const bool dense = sizes.back() == B;  // else halves of the rows are not halves of the work
+    if (dense && B >= 4 * count && weight_bytes <= 1.6e6)  // the weights fit each thread's cache
+      return Share{B * id / count, B * (id + 1) / count, 0, panels, p0, p1, true};
+    return Share{0, B, p0, p1, p0, p1, false};
+  };
+#ifdef _OPENMP
+  int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  threads = std::max<int64_t>(1, std::min(threads, panels));
+  if (B * weight_bytes < 2e5) threads = 1;  // a step would take less time than the barrier
+#pragma omp parallel num_threads(threads)
+  body(share(omp_get_thread_num(), omp_get_num_threads()));
+#else
+  body(share(0, 1));
+#endif
+}
+
+// Cuts rows begin .. end into tiles of at most `most`, equal to within one: 13 = 7 + 6, not 12 + 1.
+template <typename Body>
+inline void for_tiles(int64_t begin, int64_t end, int64_t most, const Body& body) {
+  const int64_t n = end - begin, tiles = (n + most - 1) / most;  // none if end <= begin
+  for (int64_t j = 0; j < tiles; ++j) body(begin + n * j / tiles, begin + n * (j + 1) / tiles);
+}
+
+struct Step {
+  int64_t row, rows;    // its rows: row .. row + rows
+  int64_t prev, going;  // the first `going` of them continue rows prev .. prev + going
+};
+
+std::vector<Step> walk(at::IntArrayRef sizes, bool reverse) {
+  std::vector<Step> steps;
+  int64_t row = 0;
+  for (int64_t n : sizes) steps.push_back({row, n, 0, 0}), row += n;
+  if (reverse) std::reverse(steps.begin(), steps.end());
+  for (size_t t = 1; t < steps.size(); ++t) {
+    steps[t].prev = steps[t - 1].row;
+    steps[t].going = std::min(steps[t].rows, steps[t - 1].rows);
+  }
+  return steps;
+}
+
+// Rows of a buffer, far enough apart that twelve of them do not fall into the same cache set.
+template <typename T> int64_t padded(int64_t columns) { return columns + 2 * kLanes<T>; }
+
+// ---- Forward ----
+
+template <typename T> struct Forward {
+  const T *x, *w_ih, *bias, *w_hh;            // as in lstm.h
+  T *h, *c, *gates;                           // (N,H), (N,H), (N,4H) or null
+  Vec<T>* panels;                             // (panels, I + H, 4 gates) vectors of L units
+  T *h_now, *c_now;                           // (2, B, padded H) by turns; (B,H)
+  int64_t B, I, H;
+};
+
+template <typename T>
+void forward(const Forward<T>& a, const std::vector<Step>& steps, const Share& mine) {
+  constexpr int L = kLanes<T>, kTile = kRows / 2;
+  const int64_t B = a.B, I = a.I, H = a.H, K = I + H, wide = padded<T>(H);
+  for (int64_t p = mine.pack; p < mine.pack_end; ++p)
+    for (int64_t k = 0; k < K; ++k)
+      for (int64_t gate = 0; gate < 4; ++gate) {
+        Vec<T> v{};
+        for (int64_t u = p * L; u < std::min<int64_t>(H, p * L + L); ++u) {
+          const int64_t row = gate * H + u;
+          v[u - p * L] = k < I ? a.w_ih[row * I + k] : a.w_hh[row * H + k - I];
+        }
+        a.panels[(p * K + k) * 4 + gate] = v;
+      }
+  barrier();
+  for (size_t t = 0; t < steps.size(); ++t) {
+    const Step& s = steps[t];
+    const T* before = a.h_now + t % 2 * B * wide;  // every row's h', or h0 if it has not begun
+    T* after = a.h_now + (t + 1) % 2 * B * wide;
+    for (int64_t p = mine.panel; p < mine.panel_end; ++p)
+      for_tiles(mine.row, std::min(mine.row_end, s.rows), kTile, [&](int64_t b0, int64_t b1) {
+        const int64_t rows = b1 - b0, u = p * L, n = H - u;
+        const Vec<T>* w = a.panels + p * K * 4;
+        Vec<T> sum[kTile][4];
+        for (int64_t r = 0; r < rows; ++r)
+          for (int gate = 0; gate < 4; ++gate) sum[r][gate] = load(a.bias + gate * H + u, n);
+        product<T, 4>(rows, a.x + (s.row + b0) * I, I, w, I, sum[0]);
+        product<T, 4>(rows, before + b0 * wide, wide, w + I * 4, H, sum[0]);
+        for (int64_t r = 0; r < rows; ++r) {
+          const int64_t b = b0 + r, row = s.row + b;
+          const Vec<T> i = sigmoid<T>(sum[r][0]), f = sigmoid<T>(sum[r][1]);
+          const Vec<T> g = tanh<T>(sum[r][2]), o = sigmoid<T>(sum[r][3]);
+          const Vec<T> c = f * load(a.c_now + b * H + u, n) + i * g, h = o * tanh<T>(c);
+          store(a.c_now + b * H + u, c, n);
+          store(after + b * wide + u, h, n);
+          store(a.c + row * H + u, c, n);
+          store(a.h + row * H + u, h, n);
+          if (!a.gates) continue;
+          T* gates = a.gates + row * 4 * H + u;
+          store(gates, i, n), store(gates + H, f, n);
+          store(gates + 2 * H, g, n), store(gates + 3 * H, o, n);
+        }
+      });
+    if (!mine.alone) barrier();
+  }
+}
+
+// ---- Backward ----
+
+template <typename T> struct Backward {
+  const T *dh, *dc, *gates, *c, *c0, *w_hh;  // as in lstm.h; dc may be null
+  T *da, *dh0, *dc0;                         // (N,4H), (B,H), (B,H); dc0 carries dc' * f'
+  Vec<T>* panels;                            // (panels, 4H, 2) vectors of L units
+  T* da_now;                                 // (2, B, padded 4H) by turns, at first zero
+  const int64_t* first;                      // (B): the row in which each sequence begins
+  int64_t B, H;
+};
+
+template <typename T>
+void backward(const Backward<T>& a, const std::vector<Step>& steps, const Share& mine) {
+  constexpr int L = kLanes<T>;
+  const int64_t B = a.B, H = a.H, wide = padded<T>(4 * H);
+  for (int64_t p = mine.pack; p < mine.pack_end; ++p)
+    for (int64_t k = 0; k < 4 * H; ++k)
+      for (int64_t v = 0; v < 2; ++v) {
+        const int64_t u = (p * 2 + v) * L;
+        a.panels[(p * 4 * H + k) * 2 + v] = u < H ? load(a.w_hh + k * H + u, H - u) : Vec<T>{};
+      }
+  barrier();
+  Vec<T> sum[kRows][2];
+  for (size_t t = steps.size(); t-- > 0;) {
+    const Step& s = steps[t];
+    const T* before = a.da_now + t % 2 * B * wide;  // every row's da', zero if there is none
+    T* after = a.da_now + (t + 1) % 2 * B * wide;
+    for (int64_t p = mine.panel; p < mine.panel_end; ++p)
+      for_tiles(mine.row, std::min(mine.row_end, s.rows), kRows, [&](int64_t b0, int64_t b1) {
+        for (int64_t row = s.row + b0; row < s.row + b1; ++row)  // on the way during the product
+          for (int64_t u = p * 2 * L; u < std::min<int64_t>(H, (p + 1) * 2 * L); u += L) {
+            for (int64_t gate = 0; gate < 4; ++gate)
+              __builtin_prefetch(a.gates + (row * 4 + gate) * H + u);
+            __builtin_prefetch(a.dh + row * H + u);
+            __builtin_prefetch(a.c + row * H + u);
+          }
+        std::fill(sum[0], sum[0] + kRows * 2, Vec<T>{});
+        product<T, 2>(b1 - b0, before + b0 * wide, wide, a.panels + p * 8 * H, 4 * H, sum[0]);
+        for (int64_t b = b0; b < b1; ++b)
+          for (int64_t u = p * 2 * L; u < std::min<int64_t>(H, (p + 1) * 2 * L); u += L) {
+            const int64_t n = H - u, row = s.row + b;
+            const T* gates = a.gates + row * 4 * H + u;
+            const Vec<T> i = load(gates, n), f = load(gates + H, n);
+            const Vec<T> g = load(gates + 2 * H, n), o = load(gates + 3 * H, n);
+            const Vec<T> tanh_c = tanh<T>(load(a.c + row * H + u, n));
+            const Vec<T> c = load((b < s.going ? a.c + (s.prev + b) * H : a.c0 + b * H) + u, n);
+            Vec<T> dh = load(a.dh + row * H + u, n) + sum[b - b0][u / L % 2];
+            Vec<T> dc = load(a.dc0 + b * H + u, n) + dh * o * (1 - tanh_c * tanh_c);
+            if (a.dc) dc += load(a.dc + row * H + u, n);
+            store(a.dc0 + b * H + u, dc * f, n);
+            const Vec<T> da[4] = {dc * g * i * (1 - i), dc * c * f * (1 - f),
+                                  dc * i * (1 - g * g), dh * tanh_c * o * (1 - o)};
+            for (int64_t gate = 0; gate < 4; ++gate) {
+              store(after + b * wide + gate * H + u, da[gate], n);
+              store(a.da + row * 4 * H + gate * H + u, da[gate], n);
+            }
+          }
+      });
+    if (!mine.alone) barrier();
+  }
+  for (int64_t p = mine.panel; p < mine.panel_end; ++p)  // what its first step hands to h0
+    for (int64_t b = mine.row; b < mine.row_end; ++b) {
+      std::fill(sum[0], sum[0] + 2, Vec<T>{});
+      product<T, 2>(1, a.da + a.first[b] * 4 * H, 0, a.panels + p * 8 * H, 4 * H, sum[0]);
+      for (int64_t u = p * 2 * L; u < std::min<int64_t>(H, (p + 1) * 2 * L); u += L)
+        store(a.dh0 + b * H + u, sum[0][u / L % 2], H - u);
+    }
+}
+
+// ---- The operators ----
+
+// An uninitialised tensor. A large one is fresh memory, and the first touch of each of its 4 KiB
+// pages costs a fault, in all up to a quarter of a training step; so ask for pages of 2 MiB.
+at::Tensor fresh(at::IntArrayRef shape, const at::TensorOptions& options) {
+  at::Tensor t = at::empty(shape, options);
+#ifdef __linux__
+  constexpr uintptr_t page = 1 << 21;
+  uintptr_t begin = reinterpret_cast<uintptr_t>(t.data_ptr()), end = begin + t.nbytes();
+  begin = (begin + page - 1) / page * page;
+  if (end >= begin + page) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+  return t;
+}
+
+Three forward_cpu(const at::Tensor& x, const at::Tensor& w_ih, const at::Tensor& bias,
+                  const at::Tensor& h0, const at::Tensor& c0, const at::Tensor& w_hh,
+                  at::IntArrayRef sizes, bool reverse, bool save) {
+  const int64_t H = check_w_hh(w_hh);
+  TORCH_CHECK(x.dim() == 2 && h0.dim() == 2, "lstm: x and h0 must have 2 dimensions, got ",
+              x.dim(), " and ", h0.dim());
+  const int64_t N = x.size(0), I = x.size(1), B = h0.size(0);
+  check_matrix("x", x, w_hh, N, I), check_matrix("w_ih", w_ih, w_hh, 4 * H, I);
+  check_matrix("bias", bias.unsqueeze(0), w_hh, 1, 4 * H);
+  check_matrix("h0", h0, w_hh, B, H), check_matrix("c0", c0, w_hh, B, H);
+  check_sizes(sizes, B, N);
+  const auto like = w_hh.options();
+  auto h = fresh({N, H}, like), c = fresh({N, H}, like), gates = fresh({save ? N : 0, 4 * H}, like);
+  if (N == 0) return {h, c, gates};
+  const auto x_ = x.contiguous(), w_ih_ = w_ih.contiguous(), bias_ = bias.contiguous();
+  const auto w_hh_ = w_hh.contiguous();
+  auto c_now = c0.clone(at::MemoryFormat::Contiguous);
+  AT_DISPATCH_FLOATING_TYPES(w_hh.scalar_type(), "lstm_forward", [&] {
+    using T = scalar_t;
+    const int64_t panels = (H + kLanes<T> - 1) / kLanes<T>;
+    auto packed = fresh({panels, I + H, 4 * kLanes<T>}, like);
+    auto h_now = at::zeros({2, B, padded<T>(H)}, like);
+    h_now.narrow(2, 0, H).copy_(h0);
+    Forward<T> a{x_.const_data_ptr<T>(), w_ih_.const_data_ptr<T>(), bias_.const_data_ptr<T>(),
+                 w_hh_.const_data_ptr<T>(), h.data_ptr<T>(), c.data_ptr<T>(),
+                 save ? gates.data_ptr<T>() : nullptr,
+                 reinterpret_cast<Vec<T>*>(packed.data_ptr<T>()), h_now.data_ptr<T>(),
+                 c_now.data_ptr<T>(), B, I, H};
+    const auto steps = walk(sizes, reverse);
+    team(panels, sizes, 4.0 * H * (I + H) * sizeof(T), [&](const Share& mine) {
+      forward<T>(a, steps, mine);
+    });
+  });
+  return {h, c, gates};
+}
+
+Three backward_cpu(const at::Tensor& dh, const std::optional<at::Tensor>& dc,
+                   const at::Tensor& gates, const at::Tensor& c, const at::Tensor& c0,
+                   const at::Tensor& w_hh, at::IntArrayRef sizes, bool reverse) {
+  const int64_t H = check_w_hh(w_hh);
+  TORCH_CHECK(gates.dim() == 2 && c0.dim() == 2, "lstm: gates and c0 must have 2 dimensions, got ",
+              gates.dim(), " and ", c0.dim());
+  const int64_t N = gates.size(0), B = c0.size(0);
+  check_matrix("dh", dh, w_hh, N, H), check_matrix("gates", gates, w_hh, N, 4 * H);
+  check_matrix("c", c, w_hh, N, H), check_matrix("c0", c0, w_hh, B, H);
+  if (dc) check_matrix("dc", *dc, w_hh, N, H);
+  check_sizes(sizes, B, N);
+  const auto like = w_hh.options();
+  auto da = fresh({N, 4 * H}, like), dh0 = at::zeros({B, H}, like), dc0 = at::zeros({B, H}, like);
+  if (N == 0) return {da, dh0, dc0};
+  const auto dh_ = dh.contiguous(), gates_ = gates.contiguous(), c_ = c.contiguous();
+  const auto c0_ = c0.contiguous(), w_hh_ = w_hh.contiguous();
+  const auto dc_ = dc ? dc->contiguous() : at::Tensor();
+  AT_DISPATCH_FLOATING_TYPES(w_hh.scalar_type(), "lstm_backward", [&] {
+    using T = scalar_t;
+    const int64_t panels = (H + 2 * kLanes<T> - 1) / (2 * kLanes<T>);
+    auto packed = fresh({panels, 4 * H, 2 * kLanes<T>}, like);
+    auto da_now = at::zeros({2, B, padded<T>(4 * H)}, like);
+    const auto steps = walk(sizes, reverse);
+    std::vector<int64_t> first(B);
+    for (const Step& s : steps)
+      for (int64_t b = s.going; b < s.rows; ++b) first[b] = s.row + b;
+    Backward<T> a{dh_.const_data_ptr<T>(), dc ? dc_.const_data_ptr<T>() : nullptr,
+                  gates_.const_data_ptr<T>(), c_.const_data_ptr<T>(), c0_.const_data_ptr<T>(),
+                  w_hh_.const_data_ptr<T>(), da.data_ptr<T>(), dh0.data_ptr<T>(),
+                  dc0.data_ptr<T>(), reinterpret_cast<Vec<T>*>(packed.data_ptr<T>()),
+                  da_now.data_ptr<T>(), first.data(), B, H};
+    team(panels, sizes, 4.0 * H * H * sizeof(T), [&](const Share& mine) {
+      backward<T>(a, steps, mine);
+    });
+  });
+  return {da, dh0, dc0};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(rnn, CPU, m) {
+  m.impl("lstm_forward", forward_cpu);
+  m.impl("lstm_backward", backward_cpu);
+}
+
+}  // namespace rnn

@@ -1,0 +1,139 @@
+"""How fast the fused LSTM is: beside torch.nn.LSTM, this library's plain path and the machine.
+
+    python tests/bench_lstm.py                       the whole table (about ten minutes)
+    python tests/bench_lstm.py --threads 2 --work train --seconds 1 --shapes 0 3
+
+Every shape is first checked for equality, outputs and gradients. Then the three run by turns, over
+and over, on the same input; what is printed are medians, and the medians of the ratios of
+neighbours, since machines are noisy. roof: what part of the speed of one large matrix product
+(2048 x 2048 in float32, measured just before) the layer's arithmetic reaches.
+"""
+
+import argparse
+import statistics
+import time
+
+import torch
+from conftest import ROOT  # noqa: F401 (makes rnn importable)
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import rnn
+
+SHAPES = [(32, 35, 64, 256), (50, 50, 65, 128), (64, 100, 128, 512), (1, 100, 64, 256),
+          (128, 128, 256, 256), (16, 64, 32, 64), (64, 256, 256, 512), (8, 64, 128, 128)]
+
+
+def timed(function, calls=1):
+    """Seconds per call, of so many calls in a row."""
+    begin = time.perf_counter()
+    for _ in range(calls):
+        function()
+    return (time.perf_counter() - begin) / calls
+
+
+def interleaved(functions, seconds):
+    """The times of each function, by turns, at least three and for so long. A turn is as many
+    calls as fit into 20 ms, so that none meets only the caches that another one has left."""
+    for function in functions:
+        function()  # warm up
+    calls = [max(1, int(0.02 / timed(function))) for function in functions]
+    times = [[] for _ in functions]
+    begin = time.perf_counter()
+    while len(times[0]) < 3 or time.perf_counter() - begin < seconds:
+        for function, n, column in zip(functions, calls, times):
+            column.append(timed(function, n))
+    return times
+
+
+def ratio(slow, fast):
+    return statistics.median(a / b for a, b in zip(slow, fast))
+
+
+def setup(shape, work):
+    """The three rivals as functions without arguments, and the arithmetic of one call in flop."""
+    B, T, I, H = shape
+    torch.manual_seed(0)
+    theirs, fused = nn.LSTM(I, H), rnn.LSTM(I, H)
+    fused.load_state_dict(theirs.state_dict())
+
+    class Plain(rnn.LSTM):
+        def step(self, *args):  # any step but lstm_step itself takes the plain path
+            return rnn.lstm_step(*args)
+
+    plain = Plain(I, H)
+    plain.load_state_dict(theirs.state_dict())
+    x = torch.randn(T, B, I)
+    rows = T * B
+    if work == "packed":
+        lengths = torch.randint(1, T + 1, (B,))
+        lengths[0] = T
+        rows = int(lengths.sum())
+        x = pack_padded_sequence(x, lengths, enforce_sorted=False)
+    data = (x.data if work == "packed" else x).requires_grad_(work != "infer")
+    weight = torch.randn(rows, H).view(*data.shape[:-1], H)
+
+    def step(layer):
+        def run():
+            data.grad = None
+            layer.zero_grad()
+            output = layer(x)[0]
+            (output.data if work == "packed" else output).backward(weight)
+        return run
+
+    def infer(layer):
+        def run():
+            with torch.no_grad():
+                layer(x)
+        return run
+
+    layers = [fused, theirs, plain]
+    gradients = []
+    for layer in layers:
+        if work == "infer":
+            gradients.append([layer(x)[0]])
+        else:
+            step(layer)()
+            gradients.append([data.grad, *(p.grad for p in layer.parameters())])
+    for other in gradients[1:]:
+        for a, b in zip(gradients[0], other):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.detach().abs().max()) + 1e-6)
+    flop = 8 * rows * H * (I + H) * (1 if work == "infer" else 3)
+    return [(infer if work == "infer" else step)(layer) for layer in layers], flop
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--work", nargs="+", default=["train", "infer", "packed"])
+    parser.add_argument("--shapes", type=int, nargs="+", default=range(len(SHAPES)))
+    parser.add_argument("--seconds", type=float, default=4.0, help="for each line of the table")
+    parser.add_argument("--no-plain", action="store_true")
+    args = parser.parse_args()
+    rnn.build()
+    a = torch.randn(2048, 2048)
+    for threads in args.threads:
+        torch.set_num_threads(threads)
+        for work in args.work:
+            print(f"\n{work}, float32, {threads} threads\n    B    T    I    H   fused ms  nn.LSTM/"
+                  "fused  plain/fused   roof", flush=True)
+            over_nn, over_plain = [], []
+            for k in args.shapes:
+                functions, flop = setup(SHAPES[k], work)
+                if args.no_plain:
+                    functions = functions[:2]
+                gemm = interleaved([lambda: a @ a], 0.3)[0]
+                times = interleaved(functions, args.seconds)
+                over_nn.append(ratio(times[1], times[0]))
+                over_plain.append(ratio(times[-1], times[0]))
+                fused = statistics.median(times[0])
+                roof = flop / fused / (2 * 2048**3 / statistics.median(gemm))
+                print("".join(f"{n:5}" for n in SHAPES[k]) + f"{fused * 1e3:11.3f}"
+                      f"{over_nn[-1]:15.2f}{over_plain[-1]:13.2f}{roof:7.0%}", flush=True)
+            print(f"geometric mean{statistics.geometric_mean(over_nn):32.2f}"
+                  f"{statistics.geometric_mean(over_plain):13.2f}   "
+                  f"(least {min(over_nn):.2f}, {min(over_plain):.2f})", flush=True)
+
+
+if __name__ == "__main__":
+    main()
