@@ -42,7 +42,6 @@ import threading
 import time
 import warnings
 from collections import Counter
-from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
@@ -97,6 +96,14 @@ def original_gru_step(gx, state, p):
     return {"h": (1 - z) * n + z * h, "r": r, "z": z, "n": n}
 
 
+class Parameters:
+    """The parameters of one direction of one layer, as attributes."""
+
+    def __init__(self, **values):
+        for name, value in values.items():
+            setattr(self, name, value)
+
+
 def scan(step, gx, sizes, state, p, reverse=False, keep=False):
     """Run one cell over time.
 
@@ -133,25 +140,34 @@ if FUSED not in ("", "0", "1"):
     raise ValueError(f"RNN_FUSED must be 0, 1 or unset, got '{FUSED}'")
 
 
-def build():
-    """Compile csrc/ unless that has been done, and switch the fused LSTM on. Needs a C++ compiler
-    and ninja; torch keeps the result for next time. Raises RuntimeError when it does not work."""
-    from torch.utils import cpp_extension  # slow to import, so only here
-
+def native_sources():
+    """The files to compile; setup.py compiles the same. OSError if csrc/ is not beside rnn.py."""
     folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), "csrc")
-    try:
-        sources = [os.path.join(folder, name) for name in sorted(os.listdir(folder))
-                   if name.endswith(".cpp")]
-        cpp_extension.load("rnn_C", sources, extra_cflags=compiler_flags())
-        _switch_on()
-    except Exception as error:
-        raise RuntimeError(f"the fused LSTM cannot be built from {folder}: {error}") from error
+    return [os.path.join(folder, name) for name in sorted(os.listdir(folder))
+            if name.endswith(".cpp")]
 
 
-def compiler_flags():
-    """For the machine at hand: its own vector instructions; OpenMP where compilers come with it."""
+def native_flags():
+    """For the machine at hand: its own vector instructions; OpenMP where compilers bring it."""
     native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
     return ["-O3", native] + ([] if sys.platform == "darwin" else ["-fopenmp"])
+
+
+def build():
+    """Compile csrc/, unless that has been done, and switch the fused LSTM on. It takes a C++
+    compiler, ninja, and half a minute; torch keeps the result. Raises RuntimeError if it fails."""
+    from torch.utils import cpp_extension  # slow to import, so only here
+
+    if fused_is_built:
+        return
+    if FUSED == "0":
+        raise RuntimeError("RNN_FUSED=0 in the environment forbids the fused LSTM")
+    try:
+        flags = native_flags()
+        cpp_extension.load("rnn_C", native_sources(), extra_cflags=flags, extra_ldflags=flags[2:])
+    except Exception as error:  # no compiler, no ninja, no csrc/, an error of the compiler
+        raise RuntimeError(f"the fused LSTM could not be built: {error}") from error
+    _switch_on()
 
 
 def _switch_on():
@@ -176,8 +192,8 @@ if FUSED != "0" and importlib.util.find_spec("rnn_C"):  # built by setup.py
         importlib.import_module("rnn_C")
         _switch_on()
     except (ImportError, OSError, RuntimeError) as error:
-        warnings.warn(f"rnn_C does not fit this Python, torch or CPU ({error}): LSTM runs "
-                      "plain. To build it anew: python setup.py develop", stacklevel=2)
+        warnings.warn(f"rnn_C does not fit this Python, torch or CPU, so LSTM runs its plain path; "
+                      f"build it anew with python setup.py develop ({error})", stacklevel=2)
 
 
 class FusedLSTM(torch.autograd.Function):
@@ -202,7 +218,7 @@ class FusedLSTM(torch.autograd.Function):
             # compute all again on the plain path, and let autograd build the gradient's graph.
             inputs = [t.view_as(t) for t in inputs]  # each of its own, should one come twice
             x, h0, c0, w_ih, bias, w_hh = inputs
-            p = SimpleNamespace(weight_hh=w_hh, bias_hh=None, weight_hr=None)
+            p = Parameters(weight_hh=w_hh, bias_hh=None, weight_hr=None)
             steps, _ = scan(lstm_step, F.linear(x, w_ih, bias), ctx.sizes, (h0, c0), p, ctx.reverse,
                             keep=True)
             dc = torch.zeros_like(c) if dc is None else dc
@@ -357,7 +373,7 @@ class RNNBase(nn.Module):
         p = dict(bias_ih=None, bias_hh=None, weight_hr=None, nonlinearity=self.nonlinearity)
         for name in self.shapes(1):
             p[name] = getattr(self, f"{name}_l{k}" + ("_reverse" if d else ""))
-        return SimpleNamespace(**p)
+        return Parameters(**p)
 
     def _as_rows(self, input):
         """The input as rows (N, I), the number of rows of each step, and how to undo this."""

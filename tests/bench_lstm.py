@@ -97,7 +97,8 @@ def setup(shape, work):
             gradients.append([data.grad, *(p.grad for p in layer.parameters())])
     for other in gradients[1:]:
         for a, b in zip(gradients[0], other):
-            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.detach().abs().max()) + 1e-6)
+            largest = float(b.detach().abs().max())
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * largest + 1e-6)
     flop = 8 * rows * H * (I + H) * (1 if work == "infer" else 3)
     return [(infer if work == "infer" else step)(layer) for layer in layers], flop
 

@@ -1,6 +1,7 @@
 """What all tests share: the import path, and the table of layers that are drop-ins for torch's."""
 
 import pathlib
+import shutil
 import sys
 
 import pytest
@@ -31,3 +32,24 @@ def text():
     verbs = ["sees", "hears", "calls"]
     lines = [f"{a} {v} {b}.\n" for a in names for v in verbs for b in names if a != b]
     return "".join(lines[k * 7 % len(lines)] for k in range(120))
+
+
+@pytest.fixture(params=["plain", "fused"])
+def path(request, monkeypatch):
+    """Runs a test twice: with rnn.LSTM on its plain path, and with the fused one."""
+    import rnn
+
+    if request.param == "plain":
+        monkeypatch.setattr(rnn, "fused_is_built", False)
+    else:
+        build_fused()
+    return request.param
+
+
+def build_fused():
+    """Only a machine without a compiler may skip what needs the fused LSTM."""
+    import rnn
+
+    if not rnn.fused_is_built and not (shutil.which("c++") or shutil.which("cl")):
+        pytest.skip("no C++ compiler: the fused LSTM cannot be built")
+    rnn.build()

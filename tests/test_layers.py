@@ -18,6 +18,8 @@ I, H, B, T = 4, 5, 3, 6
 LENGTHS = [6, 2, 4]  # of the packed sequences
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}  # float64 has 16 digits; a few are lost to summation order
 
+pytestmark = pytest.mark.usefixtures("path")  # everything twice: plain and fused
+
 
 def pair(kind, layers=1, dtype=torch.float64, **options):
     """The same layer of torch and of this library, each made from the same seed."""

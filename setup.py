@@ -1,0 +1,43 @@
+"""Builds the fused LSTM of csrc/ as the module rnn_C, and installs it with rnn.py.
+
+    python setup.py develop      or      pip install --no-build-isolation .     (or -e .)
+
+Neither is needed to use rnn.py: without rnn_C it runs its plain path, and rnn.build() compiles
+csrc/ just in time. The build is for the machine at hand, with all its vector instructions.
+"""
+
+import os
+import pathlib
+import sys
+
+# setuptools' develop calls pip, which would build in an environment of its own, without torch. Of
+# this option pip reads the *value*: 0 stands for "no isolation".
+os.environ.setdefault("PIP_NO_BUILD_ISOLATION", "0")
+
+try:
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+except ImportError:
+    sys.exit("setup.py needs torch: pip install torch ninja, and with pip install . also the "
+             "option --no-build-isolation")
+
+from setuptools import setup
+
+here = pathlib.Path(__file__).parent.resolve()
+os.chdir(here)
+sys.path.insert(0, str(here))
+os.environ["RNN_FUSED"] = "0"  # rnn is wanted for its flags only
+
+import rnn  # noqa: E402
+
+setup(
+    name="rnn-reference",
+    version="0.1.0",
+    description="Recurrent networks in one file, with a fused LSTM",
+    py_modules=["rnn"],
+    python_requires=">=3.11",
+    install_requires=["torch>=2.11"],
+    extras_require={"test": ["pytest", "ninja", "pybind11"]},
+    ext_modules=[CppExtension("rnn_C", rnn.native_sources(), extra_compile_args=rnn.native_flags(),
+                              extra_link_args=rnn.native_flags()[2:])],
+    cmdclass={"build_ext": BuildExtension},
+)

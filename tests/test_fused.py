@@ -1,0 +1,417 @@
+"""The fused LSTM of csrc/: its operators, its derivatives, its threads, its absence."""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from conftest import ROOT, build_fused
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import rnn
+
+TIGHT = {"rtol": 1e-12, "atol": 1e-12}
+
+# B, I, H, sizes: no H but 16 fills a vector; one sequence, one step; packed sequences
+SHAPES = [(2, 3, 5, [2, 2, 2]), (1, 2, 17, [1, 1]), (3, 1, 1, [3]), (13, 2, 3, [13, 13]),
+          (4, 3, 16, [4, 3, 3, 1]), (5, 2, 9, [5, 5, 1, 1])]
+REVERSE = [False, True]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built():
+    build_fused()
+
+
+def tensors(B, I, H, sizes, dtype=torch.float64):
+    """x, h0, c0, w_ih, bias, w_hh, in FusedLSTM's order."""
+    torch.manual_seed(0)
+    shapes = [(sum(sizes), I), (B, H), (B, H), (4 * H, I), (4 * H,), (4 * H, H)]
+    return [torch.randn(s, dtype=dtype, requires_grad=True) for s in shapes]
+
+
+def fused(inputs, sizes, reverse):
+    return rnn.FusedLSTM.apply(*inputs, sizes, reverse, True)
+
+
+def plain(inputs, sizes, reverse):
+    x, h0, c0, w_ih, bias, w_hh = inputs
+    p = rnn.Parameters(weight_hh=w_hh, bias_hh=None, weight_hr=None)
+    steps, _ = rnn.scan(rnn.lstm_step, nn.functional.linear(x, w_ih, bias), sizes, (h0, c0), p,
+                        reverse, keep=True)
+    return steps["h"], steps["c"]
+
+
+@pytest.mark.parametrize("reverse", REVERSE)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equals_the_plain_path(shape, reverse):
+    inputs, sizes = tensors(*shape), shape[-1]
+    ours, theirs = fused(inputs, sizes, reverse), plain(inputs, sizes, reverse)
+    torch.testing.assert_close(ours, theirs, **TIGHT)
+    for use in ([0], [1], [0, 1]):  # a gradient for h, for c, for both
+        grads = [torch.autograd.grad([out[k].square().sum() for k in use], inputs,
+                                     retain_graph=True, allow_unused=True)
+                 for out in (ours, theirs)]
+        torch.testing.assert_close(*grads, **TIGHT)
+
+
+@pytest.mark.parametrize("reverse", REVERSE)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gradcheck(shape, reverse):
+    inputs, sizes = tensors(*shape), shape[-1]
+    fast = shape[2] > 5  # random directions instead of every single entry
+    assert torch.autograd.gradcheck(lambda *i: fused(i, sizes, reverse), inputs, fast_mode=fast)
+    assert torch.autograd.gradgradcheck(lambda *i: fused(i, sizes, reverse), inputs,
+                                        fast_mode=True)
+
+
+@pytest.mark.parametrize("reverse", REVERSE)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_opcheck(shape, reverse, dtype):
+    x, h0, c0, w_ih, bias, w_hh = (t.detach() for t in tensors(*shape, dtype=dtype))
+    forward, backward = torch.ops.rnn.lstm_forward, torch.ops.rnn.lstm_backward
+    for save in (False, True):
+        arguments = (x, w_ih, bias, h0, c0, w_hh, shape[-1], reverse, save)
+        torch.library.opcheck(forward, arguments)
+    h, c, gates = forward(*arguments)
+    for dc in (None, torch.ones_like(c)):
+        torch.library.opcheck(backward, (h, dc, gates, c, c0, w_hh, shape[-1], reverse))
+
+
+def test_inference_keeps_no_gates():
+    x, h0, c0, w_ih, bias, w_hh = tensors(2, 3, 5, [2, 2])
+    for save, rows in ((False, 0), (True, 4)):
+        out = torch.ops.rnn.lstm_forward(x, w_ih, bias, h0, c0, w_hh, [2, 2], False, save)
+        assert out[2].shape == (rows, 20)
+
+
+def test_backward_twice_gives_the_same():
+    inputs = tensors(3, 4, 6, [3, 3, 2])
+    h, c = fused(inputs, [3, 3, 2], False)
+    loss = (h * c).sum()
+    first, second = (torch.autograd.grad(loss, inputs, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+@pytest.mark.parametrize("B,I,H,sizes", [
+    (32, 7, 40, [32] * 5), (3, 64, 300, [3] * 6), (33, 5, 257, [33, 30, 7, 1])], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_same_bits_from_run_to_run_and_for_any_number_of_threads(B, I, H, sizes, dtype):
+    inputs = tensors(B, I, H, sizes, dtype)
+    x, h0, c0, w_ih, bias, w_hh = (t.detach() for t in inputs)
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 1, 2, 2, 3, 16):
+            torch.set_num_threads(threads)
+            h, c, gates = torch.ops.rnn.lstm_forward(x, w_ih, bias, h0, c0, w_hh, sizes, False,
+                                                     True)
+            back = torch.ops.rnn.lstm_backward(h, c, gates, c, c0, w_hh, sizes, False)
+            results.append((h, c, gates, *back))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+def random_case(seed):
+    """Compare one random layer on a random input with nn.LSTM, forward and backward."""
+    random = torch.Generator().manual_seed(seed)
+
+    def draw(*choices):
+        return choices[int(torch.randint(len(choices), (), generator=random))]
+
+    def size(most):
+        return int(torch.randint(1, most + 1, (), generator=random))
+
+    B, T, I, H = size(20), size(12), size(20), draw(size(8), size(70), 16, 32, 64)
+    dtype = draw(torch.float32, torch.float64)
+    options = dict(num_layers=size(3), bias=draw(True, False), batch_first=draw(True, False),
+                   bidirectional=draw(True, False), dtype=dtype)
+    torch.manual_seed(seed)
+    theirs, ours = nn.LSTM(I, H, **options), rnn.LSTM(I, H, **options)
+    ours.load_state_dict(theirs.state_dict())
+    data = torch.randn(B, T, I, dtype=dtype)
+    if not options["batch_first"]:
+        data = data.transpose(0, 1)  # not contiguous
+    if draw(True, False, False):
+        data = data[:1].expand(data.shape)  # the same memory for all
+    rows = options["num_layers"] * (1 + options["bidirectional"])
+    hx = torch.randn(2, rows, B, H, dtype=dtype).transpose(2, 3).contiguous().transpose(2, 3)
+    packed, given = draw(True, False), draw(True, False)
+    lengths = torch.randint(1, T + 1, (B,), generator=random)
+    uses = draw((0, 1, 2), (0,), (1,), (2,), (0, 2))  # which results get a gradient at all
+    results = []
+    for layer in (theirs, ours):
+        x, state = data.clone().requires_grad_(), hx.clone().requires_grad_()
+        view = x[..., :] if options["batch_first"] else x
+        if packed:
+            view = pack_padded_sequence(view, lengths, options["batch_first"], False)
+        output, (h, c) = layer(view, tuple(state.unbind()) if given else None)
+        out = [output.data if packed else output, h, c]
+        loss = sum((out[k] * torch.linspace(-1, 1, out[k].numel(), dtype=dtype)
+                    .view(out[k].shape)).sum() for k in uses)
+        leaves = [x, *([state] if given else []), *layer.parameters()]
+        results.append((out, torch.autograd.grad(loss, leaves, allow_unused=True)))
+    close = dict(rtol=1e-10, atol=1e-10) if dtype == torch.float64 else dict(rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(results[1][0], results[0][0], **close)
+    for a, b in zip(results[1][1], results[0][1]):
+        if b is None or a is None:  # torch says zero where a path does not exist
+            assert all(t is None or not t.any() for t in (a, b))
+        else:
+            torch.testing.assert_close(a, b, **close)
+
+
+def test_random_configurations():
+    """RNN_CASES=2000 python -m pytest tests/test_fused.py -k random   for the long version."""
+    first = int(os.environ.get("RNN_FIRST_CASE", 0))
+    for seed in range(first, first + int(os.environ.get("RNN_CASES", 100))):
+        try:
+            random_case(seed)
+        except Exception as error:
+            raise AssertionError(f"random_case({seed}) failed") from error
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30, -1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_not_a_number_and_infinity_propagate_as_in_torch(value, dtype):
+    theirs, ours = nn.LSTM(3, 20, dtype=dtype), rnn.LSTM(3, 20, dtype=dtype)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(4, 5, 3, dtype=dtype)
+    x[1, 2, 0] = value
+    torch.testing.assert_close(ours(x), theirs(x), equal_nan=True)
+
+
+def test_nonlinearities_over_the_whole_range():
+    """One unit without weights: h = sigmoid(o) * tanh(c), so both are seen through the gates."""
+    a = torch.cat((torch.linspace(-100, 100, 4001), torch.logspace(-30, 0, 301),
+                   -torch.logspace(-30, 0, 301))).double()
+    for dtype, eps in ((torch.float32, 6e-8), (torch.float64, 1.2e-16)):
+        x = a.to(dtype)[:, None].expand(-1, 4).contiguous()  # (N, 4): a gate's input each
+        n = len(x)
+        zero = torch.zeros(n, 1, dtype=dtype)
+        gates = torch.ops.rnn.lstm_forward(x, torch.eye(4, dtype=dtype), zero[:4, 0], zero, zero,
+                                           zero[:4], [n], False, True)[2].double()
+        for k, expected in ((0, x[:, 0].double().sigmoid()), (2, x[:, 0].double().tanh())):
+            normal = expected.abs() > 1e-37  # below, float32 has no full precision
+            error = ((gates[:, k] - expected) / expected)[normal].abs().max()
+            assert error < 4 * eps  # two units in the last place
+
+
+# ---- the rest of torch ----
+
+
+def small_layer():
+    torch.manual_seed(0)
+    return rnn.LSTM(3, 5, 2, bidirectional=True), torch.randn(4, 2, 3)
+
+
+def test_torch_compile_without_graph_breaks():
+    layer, x = small_layer()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    results = []
+    for run in (layer, compiled):
+        layer.zero_grad()
+        output = run(x)[0]
+        output.square().sum().backward()
+        results.append([output, *(p.grad.clone() for p in layer.parameters())])
+    torch.testing.assert_close(*results)
+
+
+def test_torch_func_takes_the_plain_path():
+    layer, x = small_layer()
+
+    def loss(x):
+        return layer(x)[0].square().sum()
+
+    expected = torch.autograd.functional.jacobian(loss, x)
+    torch.testing.assert_close(torch.func.grad(loss)(x), expected)
+    batch = torch.func.vmap(torch.func.grad(loss))(torch.stack((x, x)))
+    torch.testing.assert_close(batch, torch.stack((expected, expected)))
+    _, tangent = torch.func.jvp(loss, (x,), (torch.ones_like(x),))
+    torch.testing.assert_close(tangent, expected.sum())
+
+
+def test_autocast_and_other_types_take_the_plain_path():
+    layer, x = small_layer()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(layer(x)[0].float(), layer(x.float())[0], atol=0.02, rtol=0)
+    assert layer.bfloat16()(x.bfloat16())[0].dtype == torch.bfloat16
+
+
+# ---- wrong arguments, straight to the operators ----
+
+
+def operator_arguments(**changes):
+    x, h0, c0, w_ih, bias, w_hh = (t.detach() for t in tensors(3, 2, 4, [3, 2]))
+    good = dict(x=x, w_ih=w_ih, bias=bias, h0=h0, c0=c0, w_hh=w_hh, sizes=[3, 2], reverse=False,
+                save=True)
+    return good | {name: change(good[name]) for name, change in changes.items()}
+
+
+@pytest.mark.parametrize("changes,message", [
+    ({"x": lambda x: x[0]}, "x and h0 must have 2 dimensions, got 1"),
+    ({"x": lambda x: x[:, :1]}, r"w_ih must be \(16, 1\)"),
+    ({"x": lambda x: x.float()}, "x is Float, but w_hh is Double"),
+    ({"x": lambda x: x.to_sparse()}, "SparseCPU"),
+    ({"h0": lambda x: x.float().to_mkldnn()}, "MkldnnCPU"),
+    ({"w_ih": lambda w: w[1:]}, r"w_ih must be \(16, 2\), got \[15, 2\]"),
+    ({"bias": lambda b: b[:4]}, r"bias must be \(1, 16\)"),
+    ({"h0": lambda h: h[:, :3]}, r"h0 must be \(3, 4\)"),
+    ({"c0": lambda c: c[:2]}, r"c0 must be \(3, 4\), got \[2, 4\]"),
+    ({"w_hh": lambda w: w[:8]}, r"w_hh must be \(4H, H\), got \[8, 4\]"),
+    ({"w_hh": lambda w: w[:0, :0]}, r"w_hh must be \(4H, H\)"),
+    ({"w_hh": lambda w: w.long()}, "float32 or float64 expected, got Long"),
+    ({"sizes": lambda s: []}, "must begin with the number of sequences, 3"),
+    ({"sizes": lambda s: [2, 3]}, "must begin with the number of sequences, 3"),
+    ({"sizes": lambda s: [3, 3]}, "more than the 5 rows"),
+    ({"sizes": lambda s: [3, 1]}, "add up to 4, but the input has 5 rows"),
+    ({"sizes": lambda s: [3, 0, 2]}, "never grow nor be negative, got 2 after 0"),
+    ({"sizes": lambda s: [3, 3, -1]}, "more than the 5 rows|never grow"),
+    ({"sizes": lambda s: [3, 2**62]}, "never grow"),
+])
+def test_the_operators_check_what_they_get(changes, message):
+    with pytest.raises((RuntimeError, NotImplementedError), match=message):
+        torch.ops.rnn.lstm_forward(*operator_arguments(**changes).values())
+
+
+@pytest.mark.parametrize("changes,message", [
+    ({"dh": lambda t: t[:4]}, r"dh must be \(5, 4\)"), ({"dc": lambda t: t[:, :1]}, "dc must be"),
+    ({"gates": lambda t: t[:0]}, "more than the 0 rows|dh must be"),
+    ({"gates": lambda t: t[0]}, "2 dimensions, got 1"), ({"c": lambda t: t.float()}, "c is Float"),
+    ({"c0": lambda t: t[:1]}, "sizes must begin with the number of sequences, 1"),
+    ({"sizes": lambda s: [3]}, "add up to 3, but the input has 5 rows"),
+])
+def test_the_backward_operator_checks_too(changes, message):
+    a = operator_arguments()
+    h, c, gates = torch.ops.rnn.lstm_forward(*a.values())
+    good = dict(dh=h, dc=c, gates=gates, c=c, c0=a["c0"], w_hh=a["w_hh"], sizes=[3, 2],
+                reverse=False)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.rnn.lstm_backward(*(good | {n: f(good[n]) for n, f in changes.items()}).values())
+
+
+def test_nothing_to_do():
+    for B, sizes in ((0, [0, 0, 0]), (0, []), (2, [])):
+        x, h0, c0, w_ih, bias, w_hh = tensors(B, 3, 5, sizes)
+        h, c, gates = torch.ops.rnn.lstm_forward(x, w_ih, bias, h0, c0, w_hh, sizes, False, True)
+        assert h.shape == c.shape == (0, 5) and gates.shape == (0, 20)
+        back = torch.ops.rnn.lstm_backward(h, None, gates, c, c0, w_hh, sizes, False)
+        assert [tuple(t.shape) for t in back] == [(0, 20), (B, 5), (B, 5)]
+        assert not any(t.any() for t in back)
+
+
+# ---- threads and processes ----
+
+
+def outputs(seed=0):
+    torch.manual_seed(seed)
+    layer, x = rnn.LSTM(8, 200), torch.randn(6, 3, 8)
+    with torch.no_grad():
+        return layer(x)[0]
+
+
+def test_from_several_python_threads_at_once():
+    expected, results = outputs(), [None] * 8
+    layer, x = rnn.LSTM(8, 200), torch.randn(6, 3, 8)
+    with torch.no_grad():
+        expected = layer(x)[0]
+
+    def work(k):
+        with torch.no_grad():
+            for _ in range(20):
+                results[k] = layer(x)[0]
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert all(torch.equal(r, expected) for r in results)
+
+
+class Items(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, k):
+        return outputs(k)
+
+
+def test_inside_data_loader_workers_and_after_fork():
+    """The parent has used the team of threads already; torch gives each worker one thread."""
+    expected = [outputs(k) for k in range(4)]
+    for context in ("fork", "spawn"):
+        loader = torch.utils.data.DataLoader(Items(), batch_size=None, num_workers=2,
+                                             multiprocessing_context=context, timeout=100)
+        # A spawned worker that finds no rnn_C takes the plain path: equal but for rounding.
+        torch.testing.assert_close(list(loader), expected)
+
+
+def _child(queue):
+    torch.set_num_threads(1)  # as torch's own documentation asks for after fork
+    queue.put(outputs().sum().item())
+
+
+def test_after_a_plain_fork():
+    expected = outputs().sum().item()
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    process = context.Process(target=_child, args=(queue,))
+    process.start()
+    assert queue.get(timeout=60) == pytest.approx(expected, rel=1e-5)
+    process.join(60)
+
+
+# ---- built, not built, built for something else ----
+
+
+def python(code, cwd, **environment):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment,
+                          capture_output=True, text=True, timeout=300)
+
+
+USE = "import rnn, torch; rnn.LSTM(2, 3)(torch.zeros(4, 1, 2)); print(rnn.fused_is_built)"
+
+
+def test_the_environment_decides(tmp_path):
+    hidden = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    (tmp_path / "rnn_C.py").write_text("raise ModuleNotFoundError('pretends to be absent')")
+    assert "True" not in python(USE, tmp_path, RNN_FUSED="0").stdout
+    loud = python(USE, tmp_path, RNN_FUSED="1", **hidden)
+    assert loud.returncode and "RNN_FUSED=1, but the fused LSTM is not built" in loud.stderr
+    nonsense = python(USE, tmp_path, RNN_FUSED="yes")
+    assert "RNN_FUSED must be 0, 1 or unset, got 'yes'" in nonsense.stderr
+    forbidden = python("import rnn; rnn.build()", tmp_path, RNN_FUSED="0")
+    assert "RNN_FUSED=0 in the environment forbids" in forbidden.stderr
+
+
+def test_a_library_that_does_not_load_is_one_warning(tmp_path):
+    (tmp_path / "rnn_C.py").write_text("raise ImportError('undefined symbol: of another torch')")
+    done = python(USE, tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}", RNN_FUSED="")
+    assert done.returncode == 0 and done.stdout == "False\n"
+    assert "rnn_C does not fit this Python, torch or CPU, so LSTM runs its plain" in done.stderr
+
+
+@pytest.mark.parametrize("missing", ["compiler", "ninja", "csrc"])
+def test_build_without_its_tools_says_so(tmp_path, missing):
+    """And train_shakespeare.py goes on without: see test_script.py."""
+    folder, settings = ROOT, {"TORCH_EXTENSIONS_DIR": str(tmp_path / "cache")}
+    (tmp_path / "rnn_C.py").write_text("raise ModuleNotFoundError('pretends to be absent')")
+    if missing == "compiler":
+        settings["CXX"] = "/nowhere/c++"
+    if missing == "ninja":
+        settings["PATH"] = "/nowhere"
+    if missing == "csrc":
+        folder = tmp_path / "copy"
+        folder.mkdir()
+        (folder / "rnn.py").write_text((ROOT / "rnn.py").read_text())
+    settings["PYTHONPATH"] = f"{tmp_path}{os.pathsep}{folder}"
+    done = python("import rnn; rnn.build()", tmp_path, **settings)
+    assert done.returncode == 1
+    assert "RuntimeError: the fused LSTM could not be built: " in done.stderr
