@@ -222,9 +222,10 @@ class FusedLSTM(torch.autograd.Function):
             steps, _ = scan(lstm_step, F.linear(x, w_ih, bias), ctx.sizes, (h0, c0), p, ctx.reverse,
                             keep=True)
             dc = torch.zeros_like(c) if dc is None else dc
-            found = torch.autograd.grad((steps["h"], steps["c"]), inputs, (dh, dc),
-                                        create_graph=True, materialize_grads=True)
-            return *found, None, None, None
+            found = iter(torch.autograd.grad(
+                (steps["h"], steps["c"]), [t for t in inputs if t.requires_grad], (dh, dc),
+                create_graph=True, materialize_grads=True))
+            return *(next(found) if t.requires_grad else None for t in inputs), None, None, None
         da, dh0, dc0 = torch.ops.rnn.lstm_backward(dh, dc, gates, c, c0, w_hh, ctx.sizes,
                                                    ctx.reverse)  # (N, 4H), (B, H), (B, H)
         # The products of tall matrices are quickest with the narrow one of the two transposed.

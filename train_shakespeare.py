@@ -137,6 +137,23 @@ def settle(args, defaults, stored, path):
     return {**defaults, **{k: v for k, v in stored.items() if k in defaults}, **given}
 
 
+def build_fused(rnn, cell):
+    """Compile the fused LSTM if it may and can be used; otherwise say in one line why not."""
+    if cell != "lstm" or rnn.fused_is_built or rnn.FUSED == "0":
+        return
+    try:
+        print("compiling csrc/, once: about half a minute", file=sys.stderr, flush=True)
+        rnn.build()
+    except RuntimeError as error:
+        if rnn.FUSED == "1":
+            raise ValueError(error) from error
+        print(f"plain path: {first_line(error)}", file=sys.stderr, flush=True)
+
+
+def first_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def main(argv=None):
     args = make_parser().parse_args(argv)
     if args.no_fused:
@@ -158,6 +175,7 @@ def main(argv=None):
 
     if args.sample:
         model, vocab, _ = rnn.load(args.sample, device)
+        build_fused(rnn, model.config["cell"])
         return sample(model, vocab)
 
     resumed, stored = None, {}
@@ -166,6 +184,7 @@ def main(argv=None):
         stored = {**model.config, **resumed["notes"]}
     settings = settle(args, {**MODEL, **TRAINING}, stored, args.resume)
     model_settings = {name: settings.pop(name) for name in MODEL}
+    build_fused(rnn, model_settings["cell"])
     length = {"steps": args.steps, "seconds": args.seconds}
     if not (args.steps or args.seconds):
         length = {name: stored.get(name) for name in length} if stored else {"seconds": 180.0}
@@ -183,8 +202,9 @@ def main(argv=None):
     ids = vocab.encode(text).to(device)
     split = int(0.9 * len(ids))
     params = sum(p.numel() for p in model.parameters())
+    path = "fused" if rnn.fused_is_built and model_settings["cell"] == "lstm" else "plain"
     print(f"text: {name}, {len(ids):,} characters, {len(vocab)} symbols, sha256 {digest}\n"
-          f"model: {params:,} parameters, {model_settings}, on {device}\n"
+          f"model: {params:,} parameters, {model_settings}, on {device}, {path} path\n"
           f"training: {settings}, {length}", flush=True)
 
     out = args.out or (os.path.dirname(args.resume) or "." if args.resume else "out")
@@ -204,4 +224,4 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit("error: " + (str(error).splitlines() or [type(error).__name__])[0])
+        sys.exit(f"error: {first_line(error)}")

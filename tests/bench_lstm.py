@@ -2,6 +2,7 @@
 
     python tests/bench_lstm.py                       the whole table (about ten minutes)
     python tests/bench_lstm.py --threads 2 --work train --seconds 1 --shapes 0 3
+    python tests/bench_lstm.py --memory              peak memory of training steps instead
 
 Every shape is first checked for equality, outputs and gradients. Then the three run by turns, over
 and over, on the same input; what is printed are medians, and the medians of the ratios of
@@ -10,7 +11,10 @@ neighbours, since machines are noisy. roof: what part of the speed of one large 
 """
 
 import argparse
+import resource
 import statistics
+import subprocess
+import sys
 import time
 
 import torch
@@ -50,7 +54,7 @@ def ratio(slow, fast):
     return statistics.median(a / b for a, b in zip(slow, fast))
 
 
-def setup(shape, work):
+def setup(shape, work, check=True):
     """The three rivals as functions without arguments, and the arithmetic of one call in flop."""
     B, T, I, H = shape
     torch.manual_seed(0)
@@ -89,7 +93,7 @@ def setup(shape, work):
 
     layers = [fused, theirs, plain]
     gradients = []
-    for layer in layers:
+    for layer in layers if check else []:
         if work == "infer":
             gradients.append([layer(x)[0]])
         else:
@@ -103,6 +107,25 @@ def setup(shape, work):
     return [(infer if work == "infer" else step)(layer) for layer in layers], flop
 
 
+def peak_memory(shape, rival):
+    """MiB that three training steps add to a process of their own, at its peak."""
+    functions, _ = setup(shape, "train", check=False)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(3):
+        functions[rival]()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def memory_table(shapes):
+    print("\npeak memory of training steps, MiB\n    B    T    I    H    fused  nn.LSTM")
+    for k in shapes:
+        line = "".join(f"{n:5}" for n in SHAPES[k])
+        for rival in ("0", "1"):
+            command = [sys.executable, __file__, "--peak", str(k), rival]
+            line += f"{float(subprocess.check_output(command, text=True)):9.1f}"
+        print(line, flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
@@ -110,8 +133,14 @@ def main():
     parser.add_argument("--shapes", type=int, nargs="+", default=range(len(SHAPES)))
     parser.add_argument("--seconds", type=float, default=4.0, help="for each line of the table")
     parser.add_argument("--no-plain", action="store_true")
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--peak", type=int, nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     rnn.build()
+    if args.peak:
+        return print(peak_memory(SHAPES[args.peak[0]], args.peak[1]))
+    if args.memory:
+        return memory_table(args.shapes)
     a = torch.randn(2048, 2048)
     for threads in args.threads:
         torch.set_num_threads(threads)

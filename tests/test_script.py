@@ -31,16 +31,16 @@ def folder(tmp_path_factory, text):
     (folder / "other.txt").write_text("To be, or not to be. " * 200)
     (folder / "latin.txt").write_bytes("Zoë".encode("latin-1") * 2000)
     done = script("--data", "text.txt", "--steps", 20, *SMALL, cwd=folder)
-    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert done.returncode == 0, done.stderr
     assert FINAL.search(done.stdout)
     assert len(done.stdout.split("at temperature 0.8:\n")[1]) == 30 + len("\n")
     assert sorted(os.listdir(folder / "out")) == ["best.pt", "last.pt"]
     return folder
 
 
-def script(*arguments, cwd):
+def script(*arguments, cwd, **environment):
     return subprocess.run([sys.executable, str(ROOT / "train_shakespeare.py"),
-                           *map(str, arguments)],
+                           *map(str, arguments)], env={**os.environ, **environment},
                           cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
@@ -84,6 +84,19 @@ def test_an_error_is_one_line(folder):
     assert done.returncode == 1 and done.stdout == ""
     assert re.fullmatch("error: text.txt is damaged or not a checkpoint of rnn.py: .*\n",
                         done.stderr)
+
+
+def test_without_a_compiler_it_says_so_and_trains(folder):
+    """PATH has neither ninja nor a compiler, and a prebuilt rnn_C is hidden."""
+    (folder / "hide").mkdir()
+    (folder / "hide" / "rnn_C.py").write_text("raise ModuleNotFoundError('hidden')")
+    settings = {"PATH": "/nowhere", "PYTHONPATH": str(folder / "hide"), "RNN_FUSED": ""}
+    arguments = ["--data", "text.txt", "--steps", 2, *SMALL, "--out", "plain"]
+    done = script(*arguments, cwd=folder, **settings)
+    assert done.returncode == 0 and FINAL.search(done.stdout) and "plain path" in done.stdout
+    assert "plain path: the fused LSTM could not be built: " in done.stderr
+    loud = script(*arguments, cwd=folder, **(settings | {"RNN_FUSED": "1"}))
+    assert loud.returncode == 1 and "could not be built" in loud.stderr
 
 
 def test_contradicting_flags():

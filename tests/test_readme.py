@@ -1,0 +1,27 @@
+"""Every Python block of the README runs, in order, in one session. .ci/run runs the shell's."""
+
+import re
+
+import pytest
+from conftest import ROOT
+
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+
+
+def test_the_python_blocks_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert len(BLOCKS) == 3
+    names = {}
+    for block in BLOCKS:
+        exec(compile(block, "README.md", "exec"), names)
+    assert names["forget"].shape == (35, 8, 256)
+    assert names["result"]["val_loss"] < 3
+    assert "to be" in capsys.readouterr().out
+
+
+FILES = re.findall(r"^\| `(\S+?)`", (ROOT / "README.md").read_text(), re.M)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_that_the_readme_names_exist(name):
+    assert (ROOT / name).exists()
