@@ -33,7 +33,6 @@ import contextlib
 import importlib.util
 import math
 import os
-import platform
 import re
 import signal
 import sys
@@ -128,136 +127,6 @@ def scan(step, gx, sizes, state, p, reverse=False, keep=False):
             state = tuple(torch.cat((new[name], s[n:])) for name, s in zip(new, state))
         kept[t] = new if keep else {"h": new["h"]}
     return {name: torch.cat([step[name] for step in kept]) for name in kept[0]}, state
-
-
-# ----------------------------------------------------------------------------------------------
-# The fused LSTM, optional: `scan(lstm_step, ...)` as native code, where csrc/ has been built
-#
-# RNN_FUSED=0 in the environment: never use it; 1: fail if it is not built; unset: use it if it is.
-
-FUSED = os.environ.get("RNN_FUSED", "")
-if FUSED not in ("", "0", "1"):
-    raise ValueError(f"RNN_FUSED must be 0, 1 or unset, got '{FUSED}'")
-
-
-def native_sources():
-    """The files to compile; setup.py compiles the same. OSError if csrc/ is not beside rnn.py."""
-    folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), "csrc")
-    return [os.path.join(folder, name) for name in sorted(os.listdir(folder))
-            if name.endswith(".cpp")]
-
-
-def native_flags():
-    """For the machine at hand: its own vector instructions; OpenMP where compilers bring it."""
-    native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
-    return ["-O3", native] + ([] if sys.platform == "darwin" else ["-fopenmp"])
-
-
-def build():
-    """Compile csrc/, unless that has been done, and switch the fused LSTM on. It takes a C++
-    compiler, ninja, and half a minute; torch keeps the result. Raises RuntimeError if it fails."""
-    from torch.utils import cpp_extension  # slow to import, so only here
-
-    if fused_is_built:
-        return
-    if FUSED == "0":
-        raise RuntimeError("RNN_FUSED=0 in the environment forbids the fused LSTM")
-    try:
-        flags = native_flags()
-        cpp_extension.load("rnn_C", native_sources(), extra_cflags=flags, extra_ldflags=flags[2:])
-    except Exception as error:  # no compiler, no ninja, no csrc/, an error of the compiler
-        raise RuntimeError(f"the fused LSTM could not be built: {error}") from error
-    _switch_on()
-
-
-def _switch_on():
-    """Tell torch the shapes that the operators return, so that torch.compile can trace them."""
-    global fused_is_built
-
-    @torch.library.register_fake("rnn::lstm_forward")
-    def _(x, w_ih, bias, h0, c0, w_hh, sizes, reverse, save):
-        N, H = x.shape[0], w_hh.shape[1]
-        return x.new_empty(N, H), x.new_empty(N, H), x.new_empty(N if save else 0, 4 * H)
-
-    @torch.library.register_fake("rnn::lstm_backward")
-    def _(dh, dc, gates, c, c0, w_hh, sizes, reverse):
-        return torch.empty_like(gates), torch.empty_like(c0), torch.empty_like(c0)
-
-    fused_is_built = True
-
-
-fused_is_built = False
-if FUSED != "0" and importlib.util.find_spec("rnn_C"):  # built by setup.py
-    try:
-        importlib.import_module("rnn_C")
-        _switch_on()
-    except (ImportError, OSError, RuntimeError) as error:
-        warnings.warn(f"rnn_C does not fit this Python, torch or CPU, so LSTM runs its plain path; "
-                      f"build it anew with python setup.py develop ({error})", stacklevel=2)
-
-
-class FusedLSTM(torch.autograd.Function):
-    """One direction of one layer. x (N, I), h0 and c0 (B, H), W_ih (4H, I), the sum of the biases
-    (4H), W_hh (4H, H) -> h and c (N, H), after every row's step. csrc/lstm.h has the equations."""
-
-    @staticmethod
-    def forward(ctx, x, h0, c0, w_ih, bias, w_hh, sizes, reverse, save):
-        h, c, gates = torch.ops.rnn.lstm_forward(x, w_ih, bias, h0, c0, w_hh, sizes, reverse, save)
-        ctx.save_for_backward(x, h0, c0, w_ih, bias, w_hh, h, c, gates)
-        ctx.sizes, ctx.reverse = sizes, reverse
-        ctx.set_materialize_grads(False)
-        return h, c
-
-    @staticmethod
-    def backward(ctx, dh, dc):
-        *inputs, h, c, gates = ctx.saved_tensors
-        x, h0, c0, w_ih, bias, w_hh = inputs
-        dh = torch.zeros_like(h) if dh is None else dh
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # This gradient is to be differentiated once more, which the operators cannot do. So
-            # compute all again on the plain path, and let autograd build the gradient's graph.
-            inputs = [t.view_as(t) for t in inputs]  # each of its own, should one come twice
-            x, h0, c0, w_ih, bias, w_hh = inputs
-            p = Parameters(weight_hh=w_hh, bias_hh=None, weight_hr=None)
-            steps, _ = scan(lstm_step, F.linear(x, w_ih, bias), ctx.sizes, (h0, c0), p, ctx.reverse,
-                            keep=True)
-            dc = torch.zeros_like(c) if dc is None else dc
-            found = iter(torch.autograd.grad(
-                (steps["h"], steps["c"]), [t for t in inputs if t.requires_grad], (dh, dc),
-                create_graph=True, materialize_grads=True))
-            return *(next(found) if t.requires_grad else None for t in inputs), None, None, None
-        da, dh0, dc0 = torch.ops.rnn.lstm_backward(dh, dc, gates, c, c0, w_hh, ctx.sizes,
-                                                   ctx.reverse)  # (N, 4H), (B, H), (B, H)
-        # The products of tall matrices are quickest with the narrow one of the two transposed.
-        dw_ih = (x.t() @ da).t()  # (4H, I)
-        dw_hh = (rows_before(h, h0, ctx.sizes, ctx.reverse).t() @ da).t()  # (4H, H)
-        dx = da @ w_ih if ctx.needs_input_grad[0] else None  # (N, I)
-        return dx, dh0, dc0, dw_ih, da.sum(0), dw_hh, None, None, None
-
-
-def inside_torch_func():
-    """Whether vmap, grad, jvp or another transform is at work: these take the plain path."""
-    forward_mode = torch.autograd.forward_ad._current_level >= 0
-    return forward_mode or torch._C._are_functorch_transforms_active()
-
-
-def rows_before(h, h0, sizes, reverse):
-    """(N, H): the hidden state from which every row's step began, of h (N, H) and h0 (B, H)."""
-    B = len(h0)
-    if sizes[-1] == B:  # all equally long
-        return torch.cat((h[B:], h0) if reverse else (h0, h[:-B]))
-    steps = h.split(sizes)  # T x (B_t, H)
-    steps = (*steps[1:], h0[:0]) if reverse else (h0, *steps[:-1])
-    return torch.cat([s[:n] if len(s) >= n else torch.cat((s, h0[len(s) : n]))
-                      for s, n in zip(steps, sizes)])
-
-
-def rows_at_the_end(rows, sizes, reverse):
-    """(B, H): of rows (N, H), those of each sequence's last step in walking order."""
-    if reverse or sizes[-1] == sizes[0]:
-        return rows[: sizes[0]] if reverse else rows[len(rows) - sizes[0] :]
-    steps = rows.split(sizes)  # T x (B_t, H); sequences n .. B_t end where n go on
-    return torch.cat([s[n:] for s, n in zip(steps, [*sizes[1:], 0]) if len(s) > n][::-1])
 
 
 # ----------------------------------------------------------------------------------------------
@@ -450,21 +319,61 @@ class LSTM(RNNBase):
     step, gates, states = staticmethod(lstm_step), 4, 2
 
     def _direction(self, x, sizes, state, p, reverse, keep):
-        """As for every layer; but the fused LSTM, if built, when it can do what is asked."""
-        plain = super()._direction
-        if FUSED == "1" and not fused_is_built:
+        if FUSED == "1" and fused is None:
             raise RuntimeError("RNN_FUSED=1, but the fused LSTM is not built: run python setup.py "
                                "develop, or call rnn.build()")
-        if (not fused_is_built or keep or self.proj_size or self.step is not lstm_step
-                or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64)
-                or torch.is_autocast_enabled(x.device.type) or inside_torch_func()):
-            return plain(x, sizes, state, p, reverse, keep)
+        if keep or self.proj_size or self.step is not lstm_step or not (fused and fused.can_run(x)):
+            return super()._direction(x, sizes, state, p, reverse, keep)
         bias = p.bias_ih + p.bias_hh if self.bias else p.weight_hh.new_zeros(len(p.weight_hh))
         inputs = (x, *state, p.weight_ih, bias, p.weight_hh)
-        save = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-        h, c = FusedLSTM.apply(*inputs, sizes, reverse, save)  # (N, H) each
-        end = (rows_at_the_end(h, sizes, reverse), rows_at_the_end(c, sizes, reverse))
+        h, _, end = fused.lstm(*inputs, sizes, reverse, plain_lstm)
         return {"h": h}, end
+
+
+# The fused LSTM, optional: csrc/ does the work of `LSTM._direction` in native code, where it has been
+# built. RNN_FUSED=0 in the environment: never use it; 1: fail without it; unset: if it is there.
+
+FUSED = os.environ.get("RNN_FUSED", "")
+if FUSED not in ("", "0", "1"):
+    raise ValueError(f"RNN_FUSED must be 0, 1 or unset, got '{FUSED}'")
+fused = None  # csrc/__init__.py as a module, once it is loaded
+
+
+def build():
+    """Compile csrc/, unless that has been done, and let every LSTM use it from now on. Takes a C++
+    compiler, ninja and half a minute; torch keeps the result. Raises RuntimeError if it fails."""
+    global fused
+    if fused:
+        return
+    if FUSED == "0":
+        raise RuntimeError("RNN_FUSED=0 in the environment forbids the fused LSTM")
+    source = os.path.join(os.path.dirname(os.path.abspath(__file__)), "csrc", "__init__.py")
+    try:
+        spec = importlib.util.spec_from_file_location("rnn_C", source)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        module.compile_and_load()
+        sys.modules["rnn_C"] = module  # where torch.compile looks its functions up
+    except Exception as error:  # no compiler, no ninja, no csrc/, an error of the compiler
+        raise RuntimeError(f"the fused LSTM could not be built: {error}") from error
+    fused = module
+
+
+def plain_lstm(x, h0, c0, w_ih, bias, w_hh, sizes, reverse):
+    """What the fused LSTM computes: h and c (N, H) after every row's step, from x (N, I)."""
+    p = Parameters(weight_hh=w_hh, bias_hh=None, weight_hr=None)
+    steps, _ = scan(lstm_step, F.linear(x, w_ih, bias), sizes, (h0, c0), p, reverse, keep=True)
+    return steps["h"], steps["c"]
+
+
+if FUSED != "0" and importlib.util.find_spec("rnn_C"):  # from setup.py
+    try:
+        fused = importlib.import_module("rnn_C")
+        fused.load()
+    except (ImportError, OSError, RuntimeError) as error:
+        fused = None
+        warnings.warn("rnn_C does not fit this Python, torch or CPU, so LSTM runs its plain path; "
+                      f"build it anew with python setup.py develop ({error})", stacklevel=2)
 
 
 class GRU(RNNBase):

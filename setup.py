@@ -23,21 +23,23 @@ except ImportError:
 from setuptools import setup
 
 here = pathlib.Path(__file__).parent.resolve()
-os.chdir(here)
+os.chdir(here)  # paths below are relative to it
 sys.path.insert(0, str(here))
-os.environ["RNN_FUSED"] = "0"  # rnn is wanted for its flags only
 
-import rnn  # noqa: E402
+import csrc  # noqa: E402
 
+flags = csrc.flags()
 setup(
     name="rnn-reference",
     version="0.1.0",
     description="Recurrent networks in one file, with a fused LSTM",
     py_modules=["rnn"],
+    packages=["rnn_C"],
+    package_dir={"rnn_C": "csrc"},
     python_requires=">=3.11",
     install_requires=["torch>=2.11"],
     extras_require={"test": ["pytest", "ninja", "pybind11"]},
-    ext_modules=[CppExtension("rnn_C", rnn.native_sources(), extra_compile_args=rnn.native_flags(),
-                              extra_link_args=rnn.native_flags()[2:])],
+    ext_modules=[CppExtension("rnn_C._native", [f"csrc/{name}" for name in csrc.SOURCES],
+                              extra_compile_args=flags, extra_link_args=flags[2:])],
     cmdclass={"build_ext": BuildExtension},
 )

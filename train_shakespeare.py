@@ -139,7 +139,7 @@ def settle(args, defaults, stored, path):
 
 def build_fused(rnn, cell):
     """Compile the fused LSTM if it may and can be used; otherwise say in one line why not."""
-    if cell != "lstm" or rnn.fused_is_built or rnn.FUSED == "0":
+    if cell != "lstm" or rnn.fused or rnn.FUSED == "0":
         return
     try:
         print("compiling csrc/, once: about half a minute", file=sys.stderr, flush=True)
@@ -202,7 +202,7 @@ def main(argv=None):
     ids = vocab.encode(text).to(device)
     split = int(0.9 * len(ids))
     params = sum(p.numel() for p in model.parameters())
-    path = "fused" if rnn.fused_is_built and model_settings["cell"] == "lstm" else "plain"
+    path = "fused" if rnn.fused and model_settings["cell"] == "lstm" else "plain"
     print(f"text: {name}, {len(ids):,} characters, {len(vocab)} symbols, sha256 {digest}\n"
           f"model: {params:,} parameters, {model_settings}, on {device}, {path} path\n"
           f"training: {settings}, {length}", flush=True)

@@ -28,22 +28,18 @@ def built():
 
 
 def tensors(B, I, H, sizes, dtype=torch.float64):
-    """x, h0, c0, w_ih, bias, w_hh, in FusedLSTM's order."""
+    """x, h0, c0, w_ih, bias, w_hh, in the order of rnn.fused.lstm."""
     torch.manual_seed(0)
     shapes = [(sum(sizes), I), (B, H), (B, H), (4 * H, I), (4 * H,), (4 * H, H)]
     return [torch.randn(s, dtype=dtype, requires_grad=True) for s in shapes]
 
 
 def fused(inputs, sizes, reverse):
-    return rnn.FusedLSTM.apply(*inputs, sizes, reverse, True)
+    return rnn.fused.lstm(*inputs, sizes, reverse, rnn.plain_lstm)[:2]
 
 
 def plain(inputs, sizes, reverse):
-    x, h0, c0, w_ih, bias, w_hh = inputs
-    p = rnn.Parameters(weight_hh=w_hh, bias_hh=None, weight_hr=None)
-    steps, _ = rnn.scan(rnn.lstm_step, nn.functional.linear(x, w_ih, bias), sizes, (h0, c0), p,
-                        reverse, keep=True)
-    return steps["h"], steps["c"]
+    return rnn.plain_lstm(*inputs, sizes, reverse)
 
 
 @pytest.mark.parametrize("reverse", REVERSE)
@@ -376,7 +372,7 @@ def python(code, cwd, **environment):
                           capture_output=True, text=True, timeout=300)
 
 
-USE = "import rnn, torch; rnn.LSTM(2, 3)(torch.zeros(4, 1, 2)); print(rnn.fused_is_built)"
+USE = "import rnn, torch; rnn.LSTM(2, 3)(torch.zeros(4, 1, 2)); print(rnn.fused is not None)"
 
 
 def test_the_environment_decides(tmp_path):

@@ -1,0 +1,122 @@
+"""rnn_C: the fused LSTM of csrc/ as Python sees it: compiling, loading, shapes, derivatives.
+
+setup.py installs this folder as the package rnn_C, with the compiled operators inside. rnn.py takes
+it from there; or rnn.build() takes it from csrc/ and has it compiled just in time.
+"""
+
+import importlib
+import os
+import platform
+import sys
+
+import torch
+
+FOLDER = os.path.dirname(os.path.abspath(__file__))
+SOURCES = ["lstm.cpp", "lstm_cpu.cpp"]
+
+
+def flags():
+    """For the machine at hand: its own vector instructions; OpenMP where compilers bring it."""
+    native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+    return ["-O3", native] + ([] if sys.platform == "darwin" else ["-fopenmp"])
+
+
+def load():
+    """The operators that setup.py has compiled. Raises ImportError or RuntimeError if there are
+    none, or if they are for another Python, torch or CPU."""
+    importlib.import_module("rnn_C._native")
+    _register_shapes()
+
+
+def compile_and_load():
+    """Compile just in time; torch keeps the result. Takes a C++ compiler, ninja, half a minute."""
+    from torch.utils import cpp_extension  # slow to import, so only here
+
+    cpp_extension.load("rnn_C_native", [os.path.join(FOLDER, name) for name in SOURCES],
+                       extra_cflags=flags(), extra_ldflags=flags()[2:])
+    _register_shapes()
+
+
+def _register_shapes():
+    """What the operators return, by shape: so that torch.compile can trace them."""
+
+    @torch.library.register_fake("rnn::lstm_forward")
+    def _(x, w_ih, bias, h0, c0, w_hh, sizes, reverse, save):
+        N, H = x.shape[0], w_hh.shape[1]
+        return x.new_empty(N, H), x.new_empty(N, H), x.new_empty(N if save else 0, 4 * H)
+
+    @torch.library.register_fake("rnn::lstm_backward")
+    def _(dh, dc, gates, c, c0, w_hh, sizes, reverse):
+        return torch.empty_like(gates), torch.empty_like(c0), torch.empty_like(c0)
+
+
+def can_run(x):
+    """Whether the operators serve this input now. Not inside torch.func's transforms (vmap, grad,
+    jvp) and forward mode, which they know nothing about, nor under autocast to 16 bits."""
+    return (x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+            and not torch.is_autocast_enabled("cpu")
+            and not torch._C._are_functorch_transforms_active()
+            and torch.autograd.forward_ad._current_level < 0)
+
+
+def lstm(x, h0, c0, w_ih, bias, w_hh, sizes, reverse, plain):
+    """One direction of one layer: x (N, I), h0 and c0 (B, H), w_ih (4H, I), bias (4H), w_hh (4H, H)
+    -> h and c after every row's step, (N, H), and the states at the end, (B, H). `plain` computes
+    h and c from the first eight arguments with torch's own operators."""
+    inputs = (x, h0, c0, w_ih, bias, w_hh)
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    h, c = FusedLSTM.apply(*inputs, sizes, reverse, save, plain)
+    return h, c, (rows_at_the_end(h, sizes, reverse), rows_at_the_end(c, sizes, reverse))
+
+
+class FusedLSTM(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, h0, c0, w_ih, bias, w_hh, sizes, reverse, save, plain):
+        h, c, gates = torch.ops.rnn.lstm_forward(x, w_ih, bias, h0, c0, w_hh, sizes, reverse, save)
+        ctx.save_for_backward(x, h0, c0, w_ih, bias, w_hh, h, c, gates)
+        ctx.sizes, ctx.reverse, ctx.plain = sizes, reverse, plain
+        ctx.set_materialize_grads(False)
+        return h, c
+
+    @staticmethod
+    def backward(ctx, dh, dc):
+        *inputs, h, c, gates = ctx.saved_tensors
+        x, h0, c0, w_ih, bias, w_hh = inputs
+        dh = torch.zeros_like(h) if dh is None else dh
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # This gradient is to be differentiated once more, which the operators cannot do. So
+            # compute all again on the plain path, and let autograd build the gradient's graph.
+            inputs = [t.view_as(t) for t in inputs]  # each of its own, should one come twice
+            dc = torch.zeros_like(c) if dc is None else dc
+            found = iter(torch.autograd.grad(
+                ctx.plain(*inputs, ctx.sizes, ctx.reverse),
+                [t for t in inputs if t.requires_grad], (dh, dc),
+                create_graph=True, materialize_grads=True))
+            gradients = [next(found) if t.requires_grad else None for t in inputs]
+            return *gradients, None, None, None, None
+        da, dh0, dc0 = torch.ops.rnn.lstm_backward(dh, dc, gates, c, c0, w_hh, ctx.sizes,
+                                                   ctx.reverse)  # (N, 4H), (B, H), (B, H)
+        # Products of tall matrices are quickest with the narrow one of the two transposed.
+        dw_ih = (x.t() @ da).t()  # (4H, I)
+        dw_hh = (rows_before(h, h0, ctx.sizes, ctx.reverse).t() @ da).t()  # (4H, H)
+        dx = da @ w_ih if ctx.needs_input_grad[0] else None  # (N, I)
+        return dx, dh0, dc0, dw_ih, da.sum(0), dw_hh, None, None, None, None
+
+
+def rows_before(h, h0, sizes, reverse):
+    """(N, H): the hidden state from which every row's step began, of h (N, H) and h0 (B, H)."""
+    B = len(h0)
+    if sizes[-1] == B:  # all equally long
+        return torch.cat((h[B:], h0) if reverse else (h0, h[: len(h) - B]))
+    steps = h.split(sizes)  # T x (B_t, H)
+    steps = (*steps[1:], h0[:0]) if reverse else (h0, *steps[:-1])
+    return torch.cat([s[:n] if len(s) >= n else torch.cat((s, h0[len(s) : n]))
+                      for s, n in zip(steps, sizes)])
+
+
+def rows_at_the_end(rows, sizes, reverse):
+    """(B, H): of rows (N, H), those of each sequence's last step in walking order."""
+    if reverse or sizes[-1] == sizes[0]:
+        return rows[: sizes[0]] if reverse else rows[len(rows) - sizes[0] :]
+    steps = rows.split(sizes)  # T x (B_t, H); sequences n .. B_t end where n go on
+    return torch.cat([s[n:] for s, n in zip(steps, [*sizes[1:], 0]) if len(s) > n][::-1])
