@@ -1,21 +1,22 @@
 """Recurrent networks in one file: cells, layers, models, training and sampling in pure PyTorch.
 
 `rnn.RNN`, `rnn.LSTM` and `rnn.GRU` take the place of torch.nn's: the same arguments, parameter
-names, gate order, initial values, shapes and results. Read from top to bottom: nothing is used
-before it is explained. Nothing is imported beside torch and Python's own library.
+names, gate order, initial values, shapes and results. To be read from top to bottom. Nothing is
+imported beside torch and Python's own library.
 
 Dimensions   T  time steps (symbols in a chunk of text)    I  features that a layer reads
              B  batch (sequences side by side)             H  hidden units of a layer
              V  vocabulary (distinct symbols)              G  gates: 1 in RNN, 3 in GRU, 4 in LSTM
              N  rows, one per step of each sequence: T * B when all are equally long
+             P  width of h in an LSTM with projection (proj_size); else h is H wide, as c is
 
-Equations    x input, h hidden state, c cell state, ' new value, * elementwise product. Every gate
-             sees a = W_ih x + b_ih + W_hh h + b_hh, with its own H rows of W_ih (G*H, I), of
-             W_hh (G*H, H) and of the biases (G*H).
-  RNN        h' = tanh(a)
+Equations    x input, h hidden state, c cell state, ' new value, * elementwise product. For all
+             gates at once a = W_ih x + b_ih + W_hh h + b_hh with W_ih (G*H, I) and W_hh (G*H, H);
+             every gate takes its own H rows of a.
+  RNN        h' = tanh(a)  or  relu(a)
   LSTM       i, f, o = sigmoid(a);  g = tanh(a)         input, forget, output gate; candidate
              c' = f * c + i * g                         forget some, add some
-             h' = o * tanh(c')                          show some
+             h' = o * tanh(c')                          show some; projected: W_hr (o * tanh(c'))
   GRU        r, z = sigmoid(a)                          reset and update gate
              n = tanh(W_in x + b_in + r * (W_hn h + b_hn))
              h' = (1 - z) * n + z * h                   renew some, keep some
@@ -30,13 +31,13 @@ al. 2014; forget bias: Jozefowicz et al. 2015. AdamW: Loshchilov & Hutter 2019. 
 """
 
 import contextlib
+import copy
 import importlib.util
 import math
 import os
 import re
 import signal
 import sys
-import tempfile
 import threading
 import time
 import warnings
@@ -50,10 +51,10 @@ from torch.nn.utils.rnn import PackedSequence
 # ----------------------------------------------------------------------------------------------
 # Cells: one step in time, as pure functions
 #
-# A cell takes gx, the input already multiplied (W_ih x + b_ih for all gates, (B, G*H)); the state,
-# a tuple of (B, H) tensors; and p, the parameters of its layer by torch's names. It returns all
-# that it computed, by name, the new state first. So a new cell is one short function, and nothing
-# that happens inside is hidden: see `RNNBase.trace`.
+# A cell takes gx, the input already multiplied: W_ih x + b_ih for all gates, (B, G*H); the state,
+# a tuple, (h,) or (h, c); and p, the parameters of its layer as attributes by torch's names. It
+# returns a dict of all that it computed, which begins with the new state, in order. So a cell of
+# your own is one short function, and nothing that happens inside is hidden: see `RNNBase.trace`.
 
 
 def rnn_step(gx, state, p):
@@ -96,7 +97,8 @@ def original_gru_step(gx, state, p):
 
 
 class Parameters:
-    """The parameters of one direction of one layer, as attributes."""
+    """The parameters of one direction of one layer, as attributes (a SimpleNamespace would do, but
+    torch.compile cannot see through that)."""
 
     def __init__(self, **values):
         for name, value in values.items():
@@ -104,14 +106,16 @@ class Parameters:
 
 
 def scan(step, gx, sizes, state, p, reverse=False, keep=False):
-    """Run one cell over time.
+    """Run one cell over time, for sequences of any lengths.
 
-    Rows are laid out as in a PackedSequence: step t owns the next sizes[t] rows of gx, longest
-    sequence first, so that sizes never grows. Equally long sequences are the case sizes = [B] * T.
+    All steps stand below each other as rows, each step with the sequences that still last, the
+    longest first (as in torch's PackedSequence). Three sequences a, b, c of 3, 2 and 1 steps:
 
-    Args: gx (N, G*H); sizes, a list of T ints; state, a tuple of (B, H); reverse: walk from the
-    last step to the first; keep: return all that the cell computed, not only h.
-    Returns: {"h": (N, H)}, with keep every other name too; the final state, a tuple of (B, H).
+        rows  a0 b0 c0 | a1 b1 | a2        sizes  [3, 2, 1]        equally long: sizes = [B] * T
+
+    gx (N, G*H); sizes: T ints; state: a tuple of (B, H), for h (B, P) with projection; reverse:
+    walk from the last step to the first; keep: return all that the cell computed at every step, not
+    only h. Returns {"h": (N, H or P), ...} and the final state.
     """
     rows = gx.split(sizes)  # T x (B_t, G*H)
     kept = [None] * len(rows)
@@ -126,7 +130,7 @@ def scan(step, gx, sizes, state, p, reverse=False, keep=False):
             new = step(rows[t], tuple(s[:n] for s in state), p)
             state = tuple(torch.cat((new[name], s[n:])) for name, s in zip(new, state))
         kept[t] = new if keep else {"h": new["h"]}
-    return {name: torch.cat([step[name] for step in kept]) for name in kept[0]}, state
+    return {name: torch.cat([new[name] for new in kept]) for name in kept[0]}, state
 
 
 # ----------------------------------------------------------------------------------------------
@@ -137,8 +141,8 @@ class RNNBase(nn.Module):
     """Layers of one cell, stacked, in one or both directions. Arguments and errors as in torch.nn:
     TypeError and ValueError for the arguments, ValueError and RuntimeError for the input.
 
-    To run a cell of your own through every option, derive from RNN, LSTM or GRU and replace
-    `step`; for further parameters add their shapes to what `shapes` returns.
+    To run a cell of your own through every option, derive from RNN, LSTM or GRU and replace `step`,
+    by a staticmethod; for further parameters add their shapes to what `shapes` returns.
     """
 
     step, gates, states = None, 1, 1  # the cell; its gate blocks; tensors in its state
@@ -171,7 +175,7 @@ class RNNBase(nn.Module):
         for name in ("input_size", "hidden_size", "num_layers"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be greater than zero, got {getattr(self, name)}")
-        if type(self.dropout) not in (int, float) or not 0 <= self.dropout <= 1:
+        if isinstance(self.dropout, bool) or not 0 <= self.dropout <= 1:
             raise ValueError(f"dropout should be a number in range [0, 1], got {self.dropout}")
         if self.dropout and self.num_layers == 1:
             warnings.warn("dropout acts between layers and so needs num_layers greater than 1, "
@@ -201,7 +205,8 @@ class RNNBase(nn.Module):
         """input: (T, B, I), with batch_first (B, T, I), one sequence (T, I), or a PackedSequence.
         hx, and the state returned: (num_layers * directions, B, H), for one sequence without B,
         for LSTM a tuple (h, c); absent means zeros. Returns output and state; the output holds the
-        last layer's hidden state at every step, (T, B, directions * H), laid out as the input."""
+        last layer's hidden state at every step, (T, B, directions * H), laid out as the input.
+        With projection every h, also in the output, is P wide instead of H."""
         return self._run(input, hx, keep=False)[:2]
 
     def trace(self, input, hx=None):
@@ -209,6 +214,61 @@ class RNNBase(nn.Module):
         layer's cell computed in each direction: {"h": (T, B, H), ...} with cell states and gates
         by name, laid out as the input. Gradients flow through all of them."""
         return self._run(input, hx, keep=True)
+
+    def _as_rows(self, input):
+        """The input as rows for `scan`, (N, I), so that all that follows knows one layout only; the
+        number of rows of each step; and a function that gives results the input's layout."""
+        packed = isinstance(input, PackedSequence)
+        x, weight = input.data if packed else input, self.weight_ih_l0
+        if not packed and x.dim() not in (2, 3):
+            raise ValueError(f"{type(self).__name__}: Expected input to be 2D or 3D, "
+                             f"got {x.dim()}D instead")
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(
+                f"RNN input dtype ({x.dtype}) does not match weight dtype ({weight.dtype}). "
+                f"Convert input: input.to({weight.dtype}), or convert model: model.to({x.dtype})")
+        if x.shape[-1] != self.input_size or x.device != weight.device:
+            raise RuntimeError(f"Expected input.size(-1) {self.input_size} on {weight.device}, "
+                               f"got {x.shape[-1]} on {x.device}")
+        if packed:
+            return x, input.batch_sizes.tolist(), lambda rows: PackedSequence(rows, *input[1:])
+        single = x.dim() == 2
+        if single:
+            x = x[:, None]  # (T, 1, I)
+        elif self.batch_first:
+            x = x.transpose(0, 1)  # (T, B, I)
+        T, B = x.shape[:2]
+        if T == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+
+        def undo(rows):  # (N, H) -> (T, B, H), (B, T, H) or (T, H)
+            y = rows.view(T, B, rows.shape[-1])
+            if single:
+                return y[:, 0]
+            return y.transpose(0, 1) if self.batch_first else y
+
+        return x.reshape(T * B, self.input_size), [B] * T, undo
+
+    def _initial_state(self, input, hx, x, B):
+        """hx, checked, or zeros: a tuple of (layers * directions, B, H)."""
+        single = not isinstance(input, PackedSequence) and input.dim() == 2
+        rows = self.num_layers * self.directions
+        widths = (self.output_size, self.hidden_size)[: self.states]
+        if hx is None:
+            return tuple(x.new_zeros(rows, B, width) for width in widths)
+        state = (hx,) if self.states == 1 else tuple(hx)
+        if len(state) != self.states or not all(isinstance(s, torch.Tensor) for s in state):
+            raise TypeError(f"{type(self).__name__}: Expected hx to be "
+                            f"{('a tensor', 'a tuple (h, c)')[self.states - 1]}, got {type(hx)}")
+        for k, (s, width) in enumerate(zip(state, widths)):
+            shape = (rows, width) if single else (rows, B, width)
+            same_type = s.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
+            if s.shape != shape or s.device != x.device or not same_type:
+                raise RuntimeError(f"Expected hidden[{k}] size {shape}, {x.dtype} on {x.device}, "
+                                   f"got {list(s.shape)}, {s.dtype} on {s.device}")
+        if isinstance(input, PackedSequence) and input.sorted_indices is not None:
+            return tuple(s.index_select(1, input.sorted_indices) for s in state)
+        return tuple(s[:, None] if single else s for s in state)
 
     def _run(self, input, hx, keep):
         x, sizes, undo = self._as_rows(input)  # (N, I)
@@ -241,58 +301,9 @@ class RNNBase(nn.Module):
     def _layer(self, k, d):
         """The parameters of layer k in direction d, by their names without suffix."""
         p = dict(bias_ih=None, bias_hh=None, weight_hr=None, nonlinearity=self.nonlinearity)
-        for name in self.shapes(1):
+        for name in self.shapes(1):  # only the names are wanted here
             p[name] = getattr(self, f"{name}_l{k}" + ("_reverse" if d else ""))
         return Parameters(**p)
-
-    def _as_rows(self, input):
-        """The input as rows (N, I), the number of rows of each step, and how to undo this."""
-        packed = isinstance(input, PackedSequence)
-        x, weight = input.data if packed else input, self.weight_ih_l0
-        if not packed and x.dim() not in (2, 3):
-            raise ValueError(f"{type(self).__name__}: Expected input to be 2D or 3D, "
-                             f"got {x.dim()}D instead")
-        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise ValueError(
-                f"RNN input dtype ({x.dtype}) does not match weight dtype ({weight.dtype}). "
-                f"Convert input: input.to({weight.dtype}), or convert model: model.to({x.dtype})")
-        if x.shape[-1] != self.input_size or x.device != weight.device:
-            raise RuntimeError(f"Expected input.size(-1) {self.input_size} on {weight.device}, "
-                               f"got {x.shape[-1]} on {x.device}")
-        if packed:
-            return x, input.batch_sizes.tolist(), lambda rows: PackedSequence(rows, *input[1:])
-        single = x.dim() == 2
-        x = x[:, None] if single else x.transpose(0, 1) if self.batch_first else x  # (T, B, I)
-        T, B = x.shape[:2]
-        if T == 0:
-            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-
-        def undo(rows):  # (N, H) -> (T, B, H), (B, T, H) or (T, H)
-            y = rows.view(T, B, rows.shape[-1])
-            return y[:, 0] if single else y.transpose(0, 1) if self.batch_first else y
-
-        return x.reshape(T * B, self.input_size), [B] * T, undo
-
-    def _initial_state(self, input, hx, x, B):
-        """hx, checked, or zeros: a tuple of (layers * directions, B, H)."""
-        single = not isinstance(input, PackedSequence) and input.dim() == 2
-        rows = self.num_layers * self.directions
-        widths = (self.output_size, self.hidden_size)[: self.states]
-        if hx is None:
-            return tuple(x.new_zeros(rows, B, width) for width in widths)
-        state = (hx,) if self.states == 1 else tuple(hx)
-        if len(state) != self.states or not all(isinstance(s, torch.Tensor) for s in state):
-            raise TypeError(f"{type(self).__name__}: Expected hx to be "
-                            f"{('a tensor', 'a tuple (h, c)')[self.states - 1]}, got {type(hx)}")
-        for k, (s, width) in enumerate(zip(state, widths)):
-            shape = (rows, width) if single else (rows, B, width)
-            same_type = s.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
-            if s.shape != shape or s.device != x.device or not same_type:
-                raise RuntimeError(f"Expected hidden[{k}] size {shape}, {x.dtype} on {x.device}, "
-                                   f"got {list(s.shape)}, {s.dtype} on {s.device}")
-        if isinstance(input, PackedSequence) and input.sorted_indices is not None:
-            return tuple(s.index_select(1, input.sorted_indices) for s in state)
-        return tuple(s[:, None] if single else s for s in state)
 
     def extra_repr(self):
         defaults = {"proj_size": 0, "num_layers": 1, "bias": True, "batch_first": False,
@@ -330,7 +341,7 @@ class LSTM(RNNBase):
         return {"h": h}, end
 
 
-# The fused LSTM, optional: csrc/ does the work of `LSTM._direction` in native code, where it has been
+# The fused LSTM, optional: csrc/ does the work of `LSTM._direction` in native code, where it is
 # built. RNN_FUSED=0 in the environment: never use it; 1: fail without it; unset: if it is there.
 
 FUSED = os.environ.get("RNN_FUSED", "")
@@ -389,14 +400,14 @@ class CellBase(nn.Module):
     LSTM a tuple (h, c), absent means zeros. Returns the new state. Raises ValueError for a wrong
     rank and RuntimeError for sizes that do not fit."""
 
-    layer = None  # the class whose cell this is
+    layer, options = None, {}  # the class whose cell this is, and further arguments to it
     reset_parameters = RNNBase.reset_parameters
 
-    def __init__(self, input_size, hidden_size, bias=True, device=None, dtype=None, **kwargs):
+    def __init__(self, input_size, hidden_size, bias=True, device=None, dtype=None):
         super().__init__()
         self.input_size, self.hidden_size, self.bias = input_size, hidden_size, bool(bias)
         layer = self.layer(input_size, hidden_size, bias=self.bias, device=device, dtype=dtype,
-                           **kwargs)
+                           **self.options)
         self.gates, self.states, self.nonlinearity = layer.gates, layer.states, layer.nonlinearity
         self.bias_ih = self.bias_hh = self.weight_hr = None
         for name in layer.shapes(input_size):
@@ -414,8 +425,8 @@ class CellBase(nn.Module):
             if value.shape != (*B, width):
                 raise RuntimeError(f"{name}: Expected input {(*B, self.input_size)} and hx "
                                    f"{(*B, self.hidden_size)}, got {tuple(value.shape)}")
-        rows = tuple(s.view(-1, self.hidden_size) for s in state)  # (B, H) each
-        gx = F.linear(input.view(-1, self.input_size), self.weight_ih, self.bias_ih)  # (B, G*H)
+        rows = tuple(s.reshape(-1, self.hidden_size) for s in state)  # (B, H) each
+        gx = F.linear(input.reshape(-1, self.input_size), self.weight_ih, self.bias_ih)  # (B, G*H)
         new = tuple(self.layer.step(gx, rows, self).values())[: self.states]
         new = tuple(s.view(*B, self.hidden_size) for s in new)
         return new if self.states == 2 else new[0]
@@ -428,8 +439,9 @@ class CellBase(nn.Module):
 class RNNCell(CellBase):
     layer = RNN
 
-    def __init__(self, input_size, hidden_size, bias=True, nonlinearity="tanh", **kwargs):
-        super().__init__(input_size, hidden_size, bias, nonlinearity=nonlinearity, **kwargs)
+    def __init__(self, input_size, hidden_size, bias=True, nonlinearity="tanh", *args, **kwargs):
+        self.options = {"nonlinearity": nonlinearity}
+        super().__init__(input_size, hidden_size, bias, *args, **kwargs)
 
 
 class LSTMCell(CellBase):
@@ -449,7 +461,8 @@ def initialize(module):
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
         if not isinstance(layer, (RNNBase, CellBase)):
             continue
         for name, value in layer.named_parameters():
@@ -473,12 +486,12 @@ def initialize(module):
 
 
 class CharLM(nn.Module):
-    """Language model, N symbols in, N predictions out: embedding, layers, output.
+    """Language model, T symbols in, T predictions out: embedding, layers, output.
 
     cell: "rnn", "lstm" or "gru". dropout: on the embedding, between layers and on the output,
     never on the recurrence. tie: one matrix serves as embedding and as output weights, so embed
     must equal hidden. one_hot: no embedding, the layer reads one-hot vectors (embed is not used).
-    Raises ValueError for anything else."""
+    Raises ValueError for values that do not fit."""
 
     def __init__(self, vocab_size, embed=64, hidden=256, layers=1, cell="lstm", dropout=0.0,
                  tie=False, one_hot=False):
@@ -498,11 +511,12 @@ class CharLM(nn.Module):
         self.drop = nn.Dropout(dropout)
         self.output = nn.Linear(hidden, vocab_size)
         if tie:
-            nn.init.normal_(self.embedding.weight, std=hidden**-0.5)  # logits of order 1
-            self.output.weight = self.embedding.weight
+            self.embedding.weight = self.output.weight  # whose initial values suit the logits
 
     def forward(self, ids, state=None):
         """ids (B, T) -> logits (B, T, V) and the state after them, as the layer's."""
+        if ids.dim() != 2:
+            raise ValueError(f"CharLM: Expected ids to be 2D, (B, T), got {ids.dim()}D instead")
         ids = ids.t()  # (T, B): layers run with time first
         if self.embedding is None:
             x = F.one_hot(ids, self.vocab_size).to(self.output.weight.dtype)  # (T, B, V)
@@ -525,9 +539,21 @@ def map_state(function, *states):
 
 
 def same_state(a, b):
-    """Whether two states are equal, to 1e-4."""
+    """Whether two states are equal, to a hundred thousandth of their largest number."""
     pairs = [(a, b)] if isinstance(a, torch.Tensor) else zip(a, b)
-    return all(torch.allclose(s, t, rtol=1e-4, atol=1e-4) for s, t in pairs)
+    return all((s - t).abs().max() <= 1e-5 * t.abs().max() for s, t in pairs)
+
+
+@contextlib.contextmanager
+def evaluating(model):
+    """Dropout off and no gradients, until the end of the block, however it ends."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -553,13 +579,15 @@ class Vocab:
         the specials if need be). specials: symbols such as "<pad>" that come first, from 0 on."""
         if not text:
             raise ValueError("cannot make a vocabulary of an empty text")
+        if isinstance(specials, str):
+            raise TypeError(f"specials should be a list of symbols, got the str {specials!r}")
         counts = Counter(cls._split(text, words))
         specials = list(specials)
         if max_size is not None and max_size < len(counts) + len(specials):
             specials += [] if "<unk>" in specials else ["<unk>"]
             if max_size <= len(specials):
                 raise ValueError(f"max_size={max_size} leaves no room beside {specials}")
-        kept = counts.most_common(max_size and max_size - len(specials))
+        kept = counts.most_common(None if max_size is None else max_size - len(specials))
         symbols = [symbol for symbol, count in kept]
         return cls(specials + (symbols if words else sorted(symbols)), words)
 
@@ -588,11 +616,11 @@ class Vocab:
 
 
 class Batches:
-    """Endless chunks of a text, from ids (N,) that already sit on the device.
+    """Endless chunks of a text of L symbols, ids (L,), which already sit on the device.
 
-    order="sequential": row b begins at b * N / batch and every batch reads on where the last one
-    ended, at the end of the text from its beginning, so that the state can be carried over.
-    order="random": windows from anywhere, so every batch starts from no state.
+    order="sequential": row b begins at symbol b * (L // batch), and every batch reads on where the
+    last one ended, so that the state can be carried over. After the end comes the beginning: that
+    one transition in L is made up. order="random": windows from anywhere, from no state each.
     `next()` returns x, y (B, T): y holds the symbol that follows each symbol of x.
     """
 
@@ -611,13 +639,13 @@ class Batches:
         self.random = torch.Generator().manual_seed(seed)
 
     def next(self):
-        N = len(self.ids)
+        L = len(self.ids)
         if self.carries_state:
-            first = torch.arange(self.batch) * (N // self.batch) + self.position  # (B,)
-            self.position = (self.position + self.context) % N
+            first = torch.arange(self.batch) * (L // self.batch) + self.position  # (B,)
+            self.position = (self.position + self.context) % L
         else:
-            first = torch.randint(N - self.context, (self.batch,), generator=self.random)  # (B,)
-        where = (first[:, None] + torch.arange(self.context + 1)) % N  # (B, T + 1)
+            first = torch.randint(L - self.context, (self.batch,), generator=self.random)  # (B,)
+        where = (first[:, None] + torch.arange(self.context + 1)) % L  # (B, T + 1)
         chunk = self.ids[where.to(self.ids.device)]
         return chunk[:, :-1], chunk[:, 1:]
 
@@ -638,45 +666,48 @@ def cross_entropy(logits, targets, reduction="mean"):
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
 
 
-@torch.no_grad()
 def evaluate(model, ids, batch=64, context=256):
-    """The exact loss on a text, ids (N,), in nats per symbol: the state is carried from the first
-    symbol to the last, and all N - 1 predictions count alike. Raises ValueError if N < 2.
+    """The exact loss on a text, ids (L,), in nats per symbol: the state is carried from the first
+    symbol to the last, and all L - 1 predictions count alike. Raises ValueError if L < 2.
 
-    To be quick, `batch` pieces of the text are read side by side. Each should start from the
-    state in which the piece before it ends, which is not known yet: so all start from zeros, then
-    once more from the ends just found. Networks forget: soon a state is as in the pass before, so
-    all that follows is too, and we are done. In the worst case it takes `batch` passes, one for
-    every piece to hear from the first. The result does not depend on `batch` beyond rounding."""
+    To be quick, `batch` pieces of the text are read side by side. Each should start from the state
+    in which the piece before it ends, which is not known yet: so all start from zeros, then once
+    more from the ends just found. Networks forget: soon every state is what it was in the pass
+    before. All that follows is then known, and we are done. At worst there are `batch` passes, for
+    the last piece to hear from the first. `batch` changes the result by rounding only."""
     predictions = len(ids) - 1
-    if predictions < 1:
-        raise ValueError(f"evaluation needs a text of at least 2 symbols, got {len(ids)}")
+    if predictions < 1 or batch < 1 or context < 1:
+        raise ValueError("evaluation needs a text of at least 2 symbols, batch and context of at "
+                         f"least 1; got {len(ids)}, {batch} and {context}")
     batch = min(batch, predictions)
     length = predictions // batch
     x, y = (ids[k : k + batch * length].view(batch, length) for k in (0, 1))  # (B, length)
-    chunks = range(0, length, context)
-    losses, ends = {}, {}  # of every chunk: the sum of its losses, the state after it
-    training = model.training
-    model.eval()
-    state = zeros = model.init_state(batch)
-    for _ in range(batch):
-        for t in chunks:
+    losses, ends = {}, {}  # for every chunk of `context` columns: its loss, the state after it
+
+    def read_on(state):
+        """One pass over all chunks; True, and no further, once a state is as in the last pass."""
+        for t in range(0, length, context):
             logits, state = model(x[:, t : t + context], state)
             losses[t] = cross_entropy(logits, y[:, t : t + context], reduction="sum").double()
-            settled = t in ends and same_state(state, ends[t])
+            known = t in ends and same_state(state, ends[t])
             ends[t] = state
-            if settled:
+            if known:
+                return True
+        return False
+
+    with evaluating(model):
+        state = zeros = model.init_state(batch)
+        for _ in range(batch):  # at most
+            if read_on(state):
                 break
-        if settled:
-            break
-        # Piece b + 1 follows piece b; the first follows nothing.
-        state = map_state(lambda s, z: torch.cat((z[:, :1], s[:, :-1]), dim=1), state, zeros)
-    total = sum(losses.values())
-    if batch * length < predictions:  # the last few symbols, less than one for every piece
-        state = map_state(lambda s: s[:, -1:].contiguous(), ends[chunks[-1]])
-        logits, _ = model(ids[None, batch * length : -1], state)
-        total += cross_entropy(logits, ids[None, batch * length + 1 :], reduction="sum")
-    model.train(training)
+            # Piece b + 1 starts where piece b has ended; the first one from zeros.
+            end = ends[max(ends)]
+            state = map_state(lambda s, z: torch.cat((z[:, :1], s[:, :-1]), dim=1), end, zeros)
+        total = sum(losses.values())
+        if batch * length < predictions:  # the rest, fewer than `batch` symbols
+            state = map_state(lambda s: s[:, -1:].contiguous(), ends[max(ends)])
+            logits, _ = model(ids[None, batch * length : -1], state)
+            total += cross_entropy(logits, ids[None, batch * length + 1 :], reduction="sum")
     return float(total) / predictions
 
 
@@ -689,7 +720,6 @@ def perplexity(model, ids, batch=64):
 # Sampling
 
 
-@torch.no_grad()
 def generate(model, vocab, prompt="", length=500, temperature=1.0, top_k=None, seed=None,
              stream=None):
     """Continue the prompt by `length` symbols and return both as one str.
@@ -698,37 +728,31 @@ def generate(model, vocab, prompt="", length=500, temperature=1.0, top_k=None, s
     divided by it; 0 always takes the likeliest symbol. top_k: draw among the k likeliest only.
     stream: a file, such as sys.stdout, that gets every symbol as soon as it is drawn.
     Raises ValueError for bad values and for symbols of the prompt that the vocabulary lacks."""
-    if not temperature >= 0:
-        raise ValueError(f"temperature must be 0 or more, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k}")
-    if length < 0:
-        raise ValueError(f"length must be 0 or more, got {length}")
-    was_training = model.training
-    model.eval()
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be 0 or more, and finite, got {temperature}")
+    if length < 0 or (top_k is not None and top_k < 1):
+        raise ValueError(f"length must be 0 or more, top_k at least 1, got {length} and {top_k}")
     device = model.output.weight.device
     random = torch.Generator()  # on the CPU: the same draw on every device
     random.seed() if seed is None else random.manual_seed(seed)
-    first = vocab.encode(prompt) if prompt else torch.tensor([vocab.index.get("\n", 0)])
-    logits, state = model(first[None].to(device))  # (1, T, V)
+    ids = vocab.encode(prompt) if prompt else torch.tensor([vocab.index.get("\n", 0)])
     pieces = [prompt]
-    if stream:
-        stream.write(prompt)
-    for _ in range(length):
-        scores = logits[0, -1].float().cpu()  # (V,)
-        if top_k is not None:
-            scores[scores < scores.topk(min(top_k, len(scores))).values[-1]] = -math.inf
-        if temperature == 0:
-            k = scores.argmax()
-        else:
-            scores = (scores - scores.max()) / temperature  # at most 0: no overflow
-            k = torch.multinomial(scores.softmax(-1), 1, generator=random)[0]
-        pieces.append(vocab.symbols[k])
+    with evaluating(model):
+        logits, state = model(ids[None].to(device))  # (1, T, V)
         if stream:
-            stream.write(pieces[-1])
-            stream.flush()
-        logits, state = model(k.view(1, 1).to(device), state)
-    model.train(was_training)
+            stream.write(prompt)
+        for _ in range(length):
+            scores = logits[0, -1].double().cpu()  # (V,)
+            k = min(top_k or len(scores), len(scores))
+            scores, symbols = scores.topk(1 if temperature == 0 else k)  # (k,) each, falling
+            if len(scores) > 1:
+                chances = ((scores - scores[0]) / temperature).softmax(-1)
+                symbols = symbols[torch.multinomial(chances, 1, generator=random)]
+            pieces.append(vocab.symbols[symbols[0]])
+            if stream:
+                stream.write(pieces[-1])
+                stream.flush()
+            logits, state = model(symbols[None, :1].to(device), state)  # (1, 1, V)
     return "".join(pieces)
 
 
@@ -746,17 +770,17 @@ def save(path, model, vocab, **training):
     content = {"format": "rnn.py 1", "kind": type(model).__name__, "config": model.config,
                "weights": model.state_dict(), "symbols": vocab.symbols, "words": vocab.words,
                "training": training}
-    folder = os.path.dirname(os.path.abspath(path))
+    partial = f"{path}.{os.getpid()}.partial"
     try:
-        handle, partial = tempfile.mkstemp(dir=folder, suffix=".partial")
         try:
-            with os.fdopen(handle, "wb") as file:
+            with open(partial, "wb") as file:
                 torch.save(content, file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)
         except BaseException:
-            os.unlink(partial)
+            if os.path.exists(partial):
+                os.unlink(partial)
             raise
     except (OSError, RuntimeError) as error:
         raise OSError(f"cannot write the checkpoint {path}: {error}") from error
@@ -770,16 +794,18 @@ def load(path, device="cpu"):
         content = torch.load(path, map_location="cpu", weights_only=True)
         if content["format"] != "rnn.py 1":
             raise ValueError(f"its format is {content['format']!r}, expected 'rnn.py 1'")
-        model = MODELS[content["kind"]](**content["config"])
+        with torch.random.fork_rng(devices=[]):  # initial values are drawn, but not wanted
+            model = MODELS[content["kind"]](**content["config"])
         model.load_state_dict(content["weights"])
         vocab = Vocab(content["symbols"], content["words"])
         if len(vocab) != model.vocab_size:
             raise ValueError(f"{len(vocab)} symbols for a model of {model.vocab_size}")
-        return model.to(device), vocab, content["training"]
+        training = content["training"]
     except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
     except Exception as error:  # torch.load raises many kinds for damaged files
         raise ValueError(f"{path} is damaged or not a checkpoint of rnn.py: {error}") from error
+    return model.to(device), vocab, training
 
 
 # ----------------------------------------------------------------------------------------------
@@ -839,21 +865,21 @@ def measures(loss):
     return f"loss {loss:.4f}  ppl {math.exp(min(loss, 99)):.2f}  bpc {loss / math.log(2):.3f}"
 
 
-def backpropagate(model, x, y, state, parts, autocast):
+def backpropagate(model, x, y, state, accumulate, autocast):
     """Add the gradient of the mean loss on one batch, x and y (B, T), to the parameters; computed
     in so many parts of the rows, to save memory. Returns the loss and the state after the batch,
     detached: its values live on, its graph ends here. That truncates BPTT; without it the graph,
     and the memory it holds, would reach back to the first batch of all."""
     loss, ends = 0.0, []
-    for k, (xk, yk) in enumerate(zip(x.chunk(parts), y.chunk(parts))):
-        start = map_state(lambda s, k=k: s.chunk(parts, dim=1)[k], state)  # (layers, B_k, H)
+    for k, (xk, yk) in enumerate(zip(x.chunk(accumulate), y.chunk(accumulate))):
+        start = map_state(lambda s, k=k: s.chunk(accumulate, dim=1)[k], state)  # (layers, B_k, H)
         with autocast:
             logits, end = model(xk, start)
         part = cross_entropy(logits, yk) * (len(xk) / len(x))
         part.backward()
         loss += part.detach()
         ends.append(map_state(torch.Tensor.detach, end))
-    return loss, map_state(lambda *parts: torch.cat(parts, dim=1), *ends)
+    return loss, map_state(lambda *s: torch.cat(s, dim=1), *ends)
 
 
 def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, batch=32,
@@ -873,64 +899,78 @@ def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, ba
     dtype             torch.bfloat16 runs the model under autocast
     evals, patience   evaluate on val_ids so many times; stop when so many in a row are no best
     out               folder for best.pt, and for last.pt with all that is needed to go on
-    resume            the third result of `load`: go on there, as if never interrupted
+    resume            the third result of `load`, with the model of the same `load`: go on there,
+                      as if never interrupted
     notes             a dict that the checkpoints keep
 
     Ctrl-C ends the run early, but in order. Raises ValueError for bad values, OSError if `out`
-    cannot be written, FloatingPointError when loss or gradient are no longer finite; the last good
-    checkpoint then remains."""
+    cannot be written, FloatingPointError when a loss or gradient is no longer finite; the last
+    good checkpoint then remains."""
     options = {"batch": batch, "context": context, "order": order, "lr": lr, "warmup": warmup,
                "schedule": schedule, "weight_decay": weight_decay, "clip": clip, "seed": seed,
                "accumulate": accumulate, "dtype": str(dtype), "symbols": len(train_ids)}
-    if (steps is None) == (seconds is None) or (steps or seconds) <= 0:
+    if (steps is None) == (seconds is None) or not (steps or seconds or 0) > 0:
         raise ValueError(f"give either steps or seconds, above 0; got {steps=}, {seconds=}")
     if schedule not in ("cosine", "plateau"):
         raise ValueError(f"schedule must be 'cosine' or 'plateau', got '{schedule}'")
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype}")
+    at_least_1 = (accumulate, evals, 1 if patience is None else patience)
+    if min(at_least_1) < 1 or warmup < 0 or not clip > 0:
+        raise ValueError("accumulate, evals, patience must be at least 1, warmup at least 0, clip "
+                         f"above 0; got {accumulate=} {evals=} {patience=} {warmup=} {clip=}")
     torch.manual_seed(seed)
     batches, state = Batches(train_ids, batch, context, order, seed), model.init_state(batch)
-    if len(vocab) < 2 or len(val_ids) < 2:
-        raise ValueError("training needs two different symbols, and two symbols to evaluate on; "
-                         f"got {len(vocab)} and {len(val_ids)}")
+    if len(vocab) < 2 or len(val_ids) < 2 or len(vocab) != model.vocab_size:
+        raise ValueError("training needs two different symbols, a model for just as many, and two "
+                         "symbols to evaluate on; "
+                         f"got {len(vocab)}, {model.vocab_size} and {len(val_ids)}")
     wide, flat = ([p for p in model.parameters() if (p.dim() > 1) == yes] for yes in (True, False))
     optimizer = torch.optim.AdamW([{"params": wide}, {"params": flat, "weight_decay": 0.0}], lr,
                                   betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
     run = {"step": 0, "seconds": 0.0, "halvings": 0, "best": math.inf, "stale": 0, "history": []}
+    best = None  # the weights that reached run["best"]
     if resume:
         wrong = [f"{name}={options[name]} (it was {old})" for name, old in resume["options"].items()
                  if options[name] != old]
         if wrong:
             raise ValueError("a run cannot be resumed with other values: " + ", ".join(wrong))
-        run = resume["run"]
+        run, best = copy.deepcopy(resume["run"]), resume["best"]
         state = map_state(lambda s: s.to(train_ids.device), resume["state"])
         optimizer.load_state_dict(resume["optimizer"])
         batches.load_state_dict(resume["batches"])
         random_state(resume["random"])
 
-    def keep(name):
-        save(os.path.join(out, name), model, vocab, options=options, run=run, notes=notes,
-             state=state, optimizer=optimizer.state_dict(), batches=batches.state_dict(),
+    def keep(name):  # all as it is at this moment
+        save(os.path.join(out, name), model, vocab, options=options, run=run, best=best,
+             notes=notes, state=state, optimizer=optimizer.state_dict(), batches=batches.state_dict(),
              random=random_state())
 
     def measure(loss):
+        nonlocal best
         value = evaluate(model, val_ids)
+        if not math.isfinite(value):
+            raise FloatingPointError(f"training stopped at step {run['step']}: held-out loss "
+                                     f"{value}; the last checkpoint remains")
         run["history"].append((run["step"], loss, value))
         run["stale"] = 0 if value < run["best"] else run["stale"] + 1
         run["halvings"] += run["stale"] > 0 and run["stale"] % 2 == 0
         print(f"step {run['step']:,}  held-out {measures(value)}", flush=True)
         if value < run["best"]:
-            run["best"] = value
+            run["best"], best = value, copy.deepcopy(model.state_dict())
             keep("best.pt")
 
     os.makedirs(out, exist_ok=True)
-    keep("last.pt")  # at once: if the folder cannot be written, no work is lost
+    keep("last.pt")  # at once, and read back: what cannot be kept must show before any work is done
+    load(os.path.join(out, "last.pt"))
     autocast = torch.autocast(train_ids.device.type, dtype, enabled=dtype != torch.float32)
     pause = 1 if sys.stdout.isatty() else 10  # seconds between two progress lines
-    began, first = time.perf_counter() - run["seconds"], run["step"]
+    began, first_step = time.perf_counter() - run["seconds"], run["step"]
     window, since, busy = [], time.perf_counter(), 0.0
     model.train()
     with ctrl_c_between_steps() as pressed:
-        done = run["step"] / steps if steps else run["seconds"] / seconds
-        while done < 1 and not pressed and run["stale"] != patience:
+        done, ending = run["step"] / steps if steps else run["seconds"] / seconds, False
+        while done < 1 and not ending and run["stale"] != patience:
             fall = 0.03 + 0.97 * (1 + math.cos(math.pi * done)) / 2
             fall = fall if schedule == "cosine" else 0.5 ** run["halvings"]
             for group in optimizer.param_groups:
@@ -945,20 +985,20 @@ def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, ba
             window.append(torch.stack((loss, norm)))  # read later: do not wait for a GPU here
             run["step"] += 1
             run["seconds"] = time.perf_counter() - began
-            before, done = done, run["step"] / steps if steps else run["seconds"] / seconds
-            due = int(done * evals) > int(before * evals)
-            took = time.perf_counter() - since
-            if due or pressed or took > pause:
-                loss = report(run, window, took, batch * context, run["seconds"] * (1 / done - 1))
-                if pressed:
+            past, done = done, run["step"] / steps if steps else run["seconds"] / seconds
+            due = int(done * evals + 1e-9) > int(past * evals + 1e-9)
+            ending, took = bool(pressed), time.perf_counter() - since
+            if due or ending or took > pause:
+                mean = report(run, window, took, batch * context, run["seconds"] * (1 / done - 1))
+                if ending:
                     keep("last.pt")  # before an evaluation that an uninterrupted run does not make
-                if due or pressed:
-                    measure(loss)
+                if due or ending:
+                    measure(mean)
                 if due:
                     keep("last.pt")
                 window, since, busy = [], time.perf_counter(), busy + took
-    best = load(os.path.join(out, "best.pt"))[0]
-    model.load_state_dict(best.state_dict())
+    if best:
+        model.load_state_dict(best)
     return {"val_loss": run["best"], "step": run["step"], "seconds": run["seconds"],
-            "chars_per_s": (run["step"] - first) * batch * context / max(busy, 1e-9),
+            "chars_per_s": (run["step"] - first_step) * batch * context / max(busy, 1e-9),
             "history": run["history"]}

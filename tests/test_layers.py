@@ -224,6 +224,13 @@ def test_wrong_input(input, hx, error, message):
             rnn.GRU(I, H)(input)
 
 
+@pytest.mark.parametrize("cell", ["LSTMCell", "GRUCell", "RNNCell"])
+def test_cells_take_no_other_arguments(cell):
+    for name in ("num_layers", "bidirectional", "proj_size"):
+        with pytest.raises(TypeError, match=name):
+            getattr(rnn, cell)(I, H, **{name: 2})
+
+
 def test_gru_takes_a_tensor_as_state():
     with pytest.raises(TypeError, match="GRU: Expected hx to be a tensor"):
         rnn.GRU(I, H)(torch.zeros(T, B, I), LSTM_STATE)

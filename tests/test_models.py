@@ -77,6 +77,11 @@ def test_char_lm_wrong_arguments(options, message):
         rnn.CharLM(10, **options)
 
 
+def test_char_lm_wants_a_batch():
+    with pytest.raises(ValueError, match=r"2D, \(B, T\), got 1D"):
+        rnn.CharLM(10)(torch.zeros(9, dtype=torch.long))
+
+
 # ---- text ----
 
 
@@ -106,6 +111,8 @@ def test_vocab_errors():
         rnn.Vocab.of("abc").encode("axébé")
     with pytest.raises(ValueError, match="max_size=1 leaves no room"):
         rnn.Vocab.of("abc", max_size=1)
+    with pytest.raises(TypeError, match="the str '<pad>'"):
+        rnn.Vocab.of("abc", specials="<pad>")
     with pytest.raises(ValueError, match="twice"):
         rnn.Vocab(["a", "a"])
 
@@ -186,9 +193,24 @@ def test_evaluate_does_not_depend_on_batch_or_context(vocab, ids, cell, keep):
     assert model.training
 
 
-def test_evaluate_needs_two_symbols(vocab):
-    with pytest.raises(ValueError, match="at least 2 symbols, got 1"):
-        rnn.evaluate(small(vocab), torch.tensor([1]))
+def test_evaluate_wrong_arguments(vocab):
+    for ids, batch, context in ((1, 64, 256), (5, 0, 256), (5, 64, 0)):
+        with pytest.raises(ValueError, match=f"got {ids}, {batch} and {context}"):
+            rnn.evaluate(small(vocab), torch.zeros(ids, dtype=torch.long), batch, context)
+
+
+def test_evaluate_sees_states_however_small():
+    """A cell that never forgets, and an output that makes much of its tiny state."""
+    torch.manual_seed(0)
+    ids = torch.randint(5, (400,))
+    model = rnn.CharLM(5, embed=4, hidden=4, cell="rnn").double()
+    with torch.no_grad():
+        model.rnn.weight_hh_l0.copy_(torch.eye(4))
+        model.rnn.weight_ih_l0 *= 4e-6
+        model.rnn.bias_ih_l0.zero_(), model.rnn.bias_hh_l0.zero_()
+        model.output.weight *= 1e5
+    values = [rnn.evaluate(model, ids, batch, 16) for batch in (1, 8, 64)]
+    assert values == pytest.approx([values[0]] * 3, rel=1e-3)
 
 
 # ---- sampling ----
@@ -232,14 +254,16 @@ def test_generate_leaves_the_global_random_numbers_alone(vocab):
 
 
 @pytest.mark.parametrize("arguments,message", [
-    ({"temperature": -1}, "temperature must be 0 or more, got -1"),
-    ({"temperature": math.nan}, "temperature must be 0 or more, got nan"),
-    ({"top_k": 0}, "top_k must be at least 1, got 0"), ({"length": -1}, "got -1"),
+    ({"temperature": -1}, "temperature must be 0 or more, and finite, got -1"),
+    ({"temperature": math.nan}, "got nan"), ({"temperature": math.inf}, "got inf"),
+    ({"top_k": 0}, "top_k at least 1, got 500 and 0"), ({"length": -1}, "got -1 and None"),
     ({"prompt": "Zoë"}, "2 symbols are not in the vocabulary: 'Z', 'ë'"),
 ])
 def test_generate_wrong_arguments(vocab, arguments, message):
+    model = small(vocab)
     with pytest.raises(ValueError, match=message):
-        rnn.generate(small(vocab), vocab, **arguments)
+        rnn.generate(model, vocab, **arguments)
+    assert model.training  # as it was
 
 
 # ---- checkpoints ----
@@ -434,7 +458,11 @@ def test_training_outside_the_main_thread(text, tmp_path):
     ({}, "either steps or seconds"), ({"steps": 2, "seconds": 2.0}, "either steps or seconds"),
     ({"steps": -1}, "steps=-1"), ({"steps": 1, "schedule": "linear"}, "got 'linear'"),
     ({"steps": 1, "order": "shuffled"}, "got 'shuffled'"),
-    ({"steps": 1, "batch": 4000}, "is too short"),
+    ({"steps": 1, "batch": 4000}, "is too short"), ({"steps": 0}, "steps=0"),
+    ({"seconds": math.nan}, "seconds=nan"), ({"steps": 1, "evals": 0}, "evals=0"),
+    ({"steps": 1, "patience": 0}, "patience=0"), ({"steps": 1, "clip": -1.0}, "clip=-1.0"),
+    ({"steps": 1, "accumulate": 0}, "accumulate=0"), ({"steps": 1, "warmup": -1}, "warmup=-1"),
+    ({"steps": 1, "dtype": torch.float16}, "got torch.float16"),
 ])
 def test_train_wrong_arguments(text, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
@@ -443,8 +471,42 @@ def test_train_wrong_arguments(text, tmp_path, options, message):
 
 
 def test_train_needs_something_to_predict(tmp_path):
-    with pytest.raises(ValueError, match="two different symbols.* got 1 and 100"):
+    with pytest.raises(ValueError, match="two different symbols.* got 1, 1 and 100"):
         run("a" * 1000, tmp_path, steps=1)
+
+
+def test_what_cannot_be_kept_shows_before_any_work(text, tmp_path, vocab):
+    class Other(rnn.CharLM):
+        pass
+
+    with pytest.raises(ValueError, match="last.pt is damaged or not a checkpoint"):
+        run(text, tmp_path, steps=2, model=Other(len(vocab)))
+    with pytest.raises(ValueError, match="not a checkpoint"):
+        run(text, tmp_path, steps=2, notes={"path": tmp_path})
+    with pytest.raises(ValueError, match=f"a model for just as many.*got {len(vocab)}, 99"):
+        run(text, tmp_path, steps=2, model=rnn.CharLM(99))
+    assert os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_a_diverged_run_keeps_the_last_good_checkpoint(text, tmp_path):
+    """One step so long that the weights are no longer finite, though the step's loss was."""
+    with pytest.raises(FloatingPointError, match="training stopped at step"):
+        run(text, tmp_path, steps=6, evals=6, lr=1e38, warmup=0, clip=math.inf)
+    good, _, training = rnn.load(tmp_path / "last.pt")
+    assert all(p.isfinite().all() for p in good.parameters())
+
+
+def test_resume_elsewhere_and_twice(text, tmp_path):
+    """Nothing better is found after resuming, into an empty folder: the best weights came along."""
+    _, first, _ = run(text, tmp_path / "a", steps=20, evals=2)
+    for _ in range(2):
+        model, _, training = rnn.load(tmp_path / "a" / "last.pt")
+        for name in ("b", "c"):  # the same dict serves twice
+            _, again, _ = run(text, tmp_path / name, steps=20, evals=2, model=model,
+                              resume=training)
+            assert again["val_loss"] == first["val_loss"] and again["step"] == 20
+    best = rnn.load(tmp_path / "a" / "best.pt")[0]
+    assert all(torch.equal(a, b) for a, b in zip(best.parameters(), model.parameters()))
 
 
 def test_resume_with_other_values(text, tmp_path):
