@@ -943,8 +943,8 @@ def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, ba
 
     def keep(name):  # all as it is at this moment
         save(os.path.join(out, name), model, vocab, options=options, run=run, best=best,
-             notes=notes, state=state, optimizer=optimizer.state_dict(), batches=batches.state_dict(),
-             random=random_state())
+             notes=notes, state=state, optimizer=optimizer.state_dict(),
+             batches=batches.state_dict(), random=random_state())
 
     def measure(loss):
         nonlocal best
