@@ -5,6 +5,7 @@
 // panel of units, is summed over all of K in vector registers and goes through the nonlinearities
 // while still in the nearest cache. The state travels from step to step in a small buffer.
 #include "lstm.h"
+#include "simd.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -21,75 +22,6 @@
 
 namespace rnn {
 namespace {
-
-// ---- Vectors: the compiler's own vector types, as wide as the registers of the machine at hand.
-// Tiles of kRows x 2 or kRows/2 x 4 sums, the weights and one value of x fill the registers.
-
-#if defined(__AVX512F__)
-constexpr int kBytes = 64, kRows = 12;  // of 32 registers
-#elif defined(__AVX__)
-constexpr int kBytes = 32, kRows = 6;  // of 16
-#else
-constexpr int kBytes = 16, kRows = 6;  // SSE has 16, Arm 32
-#endif
-
-template <typename T> struct Simd;
-template <> struct Simd<float> {
-  typedef float V __attribute__((vector_size(kBytes)));
-  typedef float Unaligned __attribute__((vector_size(kBytes), aligned(4), may_alias));
-  typedef int32_t I __attribute__((vector_size(kBytes)));
-  static constexpr int mantissa = 23, bias = 127, terms = 7;
-  static constexpr float largest = 88;  // e^88 is still finite
-};
-template <> struct Simd<double> {
-  typedef double V __attribute__((vector_size(kBytes)));
-  typedef double Unaligned __attribute__((vector_size(kBytes), aligned(8), may_alias));
-  typedef int64_t I __attribute__((vector_size(kBytes)));
-  static constexpr int mantissa = 52, bias = 1023, terms = 14;
-  static constexpr double largest = 708;
-};
-template <typename T> using Vec = typename Simd<T>::V;
-template <typename T> constexpr int kLanes = kBytes / sizeof(T);
-
-// Of a vector's lanes only the first n exist in memory: the last panel may reach beyond H.
-template <typename T> inline Vec<T> load(const T* p, int64_t n) {
-  using Unaligned = typename Simd<T>::Unaligned;
-  if (n >= kLanes<T>) return *reinterpret_cast<const Unaligned*>(p);
-  Vec<T> v{};
-  for (int64_t j = 0; j < n; ++j) v[j] = p[j];
-  return v;
-}
-template <typename T> inline void store(T* p, Vec<T> v, int64_t n) {
-  using Unaligned = typename Simd<T>::Unaligned;
-  if (n >= kLanes<T>) *reinterpret_cast<Unaligned*>(p) = v;
-  else for (int64_t j = 0; j < n; ++j) p[j] = v[j];
-}
-
-// e^x - 1, exact to the last bits also near 0: with x = n ln2 + r, |r| <= ln2 / 2, it is
-// 2^n (e^r - 1) + (2^n - 1), and e^r - 1 is its Taylor series. NaN stays NaN.
-template <typename T> inline Vec<T> expm1(Vec<T> x) {
-  using S = Simd<T>;
-  constexpr T ln2_high = 355.0L / 512;  // has few bits, so that n * ln2_high is exact
-  constexpr T ln2_low = 0.693147180559945309417232L - 355.0L / 512;
-  constexpr T round = 1.5L * (int64_t(1) << S::mantissa);  // adding it rounds to an integer
-  x = S::largest < x ? S::largest - Vec<T>{} : x;
-  x = -S::largest > x ? -S::largest - Vec<T>{} : x;
-  Vec<T> shifted = x * T(1.442695040888963407359925L) + round;  // n stands in its lowest bits
-  Vec<T> n = shifted - round;
-  Vec<T> r = x - n * ln2_high - n * ln2_low;
-  long double factorial = 1;
-  T inverse[S::terms + 1];  // 1 / k!, worked out by the compiler
-  for (int k = 1; k <= S::terms; ++k) inverse[k] = T(1 / (factorial *= k));
-  Vec<T> p = inverse[S::terms] - Vec<T>{};
-  for (int k = S::terms - 1; k >= 1; --k) p = p * r + inverse[k];
-  Vec<T> power = (Vec<T>)(((typename S::I)shifted + S::bias) << S::mantissa);  // 2^n
-  return power * (p * r) + (power - 1);
-}
-template <typename T> inline Vec<T> sigmoid(Vec<T> x) { return 1 / (2 + expm1<T>(-x)); }
-template <typename T> inline Vec<T> tanh(Vec<T> x) {
-  Vec<T> m = expm1<T>(-2 * x);
-  return -m / (2 + m);
-}
 
 // ---- The product: a tile of R rows x one panel of V vectors, added to `out` ----
 
@@ -222,17 +154,15 @@ void forward(const Forward<T>& a, const std::vector<Step>& steps, const Share& m
         product<T, 4>(rows, before + b0 * wide, wide, w + I * 4, H, sum[0]);
         for (int64_t r = 0; r < rows; ++r) {
           const int64_t b = b0 + r, row = s.row + b;
-          const Vec<T> i = sigmoid<T>(sum[r][0]), f = sigmoid<T>(sum[r][1]);
-          const Vec<T> g = tanh<T>(sum[r][2]), o = sigmoid<T>(sum[r][3]);
-          const Vec<T> c = f * load(a.c_now + b * H + u, n) + i * g, h = o * tanh<T>(c);
+          Vec<T> gate[4];  // i, f, g, o
+          activate<T>(sum[r], gate);
+          const Vec<T> c = gate[1] * load(a.c_now + b * H + u, n) + gate[0] * gate[2];
+          const Vec<T> h = gate[3] * tanh<T>(c);
           store(a.c_now + b * H + u, c, n);
           store(after + b * wide + u, h, n);
           store(a.c + row * H + u, c, n);
           store(a.h + row * H + u, h, n);
-          if (!a.gates) continue;
-          T* gates = a.gates + row * 4 * H + u;
-          store(gates, i, n), store(gates + H, f, n);
-          store(gates + 2 * H, g, n), store(gates + 3 * H, o, n);
+          for (int j = 0; a.gates && j < 4; ++j) store(a.gates + (row * 4 + j) * H + u, gate[j], n);
         }
       });
     if (!mine.alone) barrier();

@@ -1,0 +1,96 @@
+// Vectors, and the LSTM's nonlinearities on them.
+//
+// They are the compiler's own vector types (of GCC and clang), as wide as the registers of the
+// machine that the file is compiled for: AVX-512, AVX2, SSE or Arm from one source.
+#pragma once
+#include <cstdint>
+
+namespace rnn {
+namespace {
+
+// kRows: so many rows that a tile of kRows x 2 or kRows/2 x 4 sums, with the weights and a value of
+// the input, just fits the registers.
+#if defined(__AVX512F__)
+constexpr int kBytes = 64, kRows = 12;  // of 32 registers
+#elif defined(__AVX__)
+constexpr int kBytes = 32, kRows = 6;  // of 16
+#else
+constexpr int kBytes = 16, kRows = 6;  // SSE has 16, Arm 32
+#endif
+
+template <typename T> struct Simd;
+template <> struct Simd<float> {
+  typedef float V __attribute__((vector_size(kBytes)));
+  typedef float Unaligned __attribute__((vector_size(kBytes), aligned(4), may_alias));
+  typedef int32_t I __attribute__((vector_size(kBytes)));
+  static constexpr int mantissa = 23, bias = 127, terms = 7;
+  static constexpr float largest = 43;  // the square of e^43 is still finite
+};
+template <> struct Simd<double> {
+  typedef double V __attribute__((vector_size(kBytes)));
+  typedef double Unaligned __attribute__((vector_size(kBytes), aligned(8), may_alias));
+  typedef int64_t I __attribute__((vector_size(kBytes)));
+  static constexpr int mantissa = 52, bias = 1023, terms = 14;
+  static constexpr double largest = 354;
+};
+template <typename T> using Vec = typename Simd<T>::V;
+template <typename T> constexpr int kLanes = kBytes / sizeof(T);
+
+// Of a vector's lanes only the first n exist in memory: the last panel may reach beyond H.
+template <typename T> inline Vec<T> load(const T* p, int64_t n) {
+  using Unaligned = typename Simd<T>::Unaligned;
+  if (n >= kLanes<T>) return *reinterpret_cast<const Unaligned*>(p);
+  Vec<T> v{};
+  for (int64_t j = 0; j < n; ++j) v[j] = p[j];
+  return v;
+}
+template <typename T> inline void store(T* p, Vec<T> v, int64_t n) {
+  using Unaligned = typename Simd<T>::Unaligned;
+  if (n >= kLanes<T>) *reinterpret_cast<Unaligned*>(p) = v;
+  else for (int64_t j = 0; j < n; ++j) p[j] = v[j];
+}
+
+// e^x - 1, exact to the last bits also near 0: with x = n ln2 + r, |r| <= ln2 / 2, it is
+// 2^n (e^r - 1) + (2^n - 1), and e^r - 1 is its Taylor series. NaN stays NaN.
+template <typename T> inline Vec<T> expm1(Vec<T> x) {
+  using S = Simd<T>;
+  constexpr T ln2_high = 355.0L / 512;  // has few bits, so that n * ln2_high is exact
+  constexpr T ln2_low = 0.693147180559945309417232L - 355.0L / 512;
+  constexpr T round = 1.5L * (int64_t(1) << S::mantissa);  // adding it rounds to an integer
+  x = S::largest < x ? S::largest - Vec<T>{} : x;
+  x = -S::largest > x ? -S::largest - Vec<T>{} : x;
+  Vec<T> shifted = x * T(1.442695040888963407359925L) + round;  // n stands in its lowest bits
+  Vec<T> n = shifted - round;
+  Vec<T> r = x - n * ln2_high - n * ln2_low;
+  long double factorial = 1;
+  T inverse[S::terms + 1];  // 1 / k!, worked out by the compiler
+  for (int k = 1; k <= S::terms; ++k) inverse[k] = T(1 / (factorial *= k));
+  Vec<T> p = inverse[S::terms] - Vec<T>{};
+  for (int k = S::terms - 1; k >= 1; --k) p = p * r + inverse[k];
+  Vec<T> power = (Vec<T>)(((typename S::I)shifted + S::bias) << S::mantissa);  // 2^n
+  return power * (p * r) + (power - 1);
+}
+
+// A vector division takes as long as some thirty products. Two quotients from one:
+// a / b = a d (1 / (b d)) and c / d = c b (1 / (b d)). No b d overflows, see `largest`.
+template <typename T>
+inline void divide(Vec<T> a, Vec<T> b, Vec<T> c, Vec<T> d, Vec<T>* first, Vec<T>* second) {
+  const Vec<T> q = 1 / (b * d);
+  *first = a * d * q, *second = c * b * q;
+}
+
+// sigmoid(x) = 1 / (1 + e^-x);  tanh(x) = (1 - e^-2x) / (1 + e^-2x)
+template <typename T> inline Vec<T> tanh(Vec<T> x) {
+  const Vec<T> m = expm1<T>(-2 * x);
+  return -m / (2 + m);
+}
+
+// The four gates from their sums: i, f, g, o
+template <typename T> inline void activate(const Vec<T>* a, Vec<T>* gate) {
+  const Vec<T> one = 1 - Vec<T>{}, m = expm1<T>(-2 * a[2]);
+  divide<T>(one, 2 + expm1<T>(-a[0]), one, 2 + expm1<T>(-a[1]), &gate[0], &gate[1]);
+  divide<T>(-m, 2 + m, one, 2 + expm1<T>(-a[3]), &gate[2], &gate[3]);
+}
+
+}  // namespace
+}  // namespace rnn
