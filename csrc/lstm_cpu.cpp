@@ -175,10 +175,13 @@ template <typename T> struct Backward {
   const T *dh, *dc, *gates, *c, *c0, *w_hh;  // as in lstm.h; dc may be null
   T *da, *dh0, *dc0;                         // (N,4H), (B,H), (B,H); dc0 carries dc' * f'
   Vec<T>* panels;                            // (panels, 4H, 2) vectors of L units
+  Vec<T>* sums;                              // (panels, B, 2): da' W_hh
   T* da_now;                                 // (2, B, padded 4H) by turns, at first zero
   const int64_t* first;                      // (B): the row in which each sequence begins
   int64_t B, H;
 };
+
+constexpr int64_t kBlock = 256;
 
 template <typename T>
 void backward(const Backward<T>& a, const std::vector<Step>& steps, const Share& mine) {
@@ -191,50 +194,50 @@ void backward(const Backward<T>& a, const std::vector<Step>& steps, const Share&
         a.panels[(p * 4 * H + k) * 2 + v] = u < H ? load(a.w_hh + k * H + u, H - u) : Vec<T>{};
       }
   barrier();
-  Vec<T> sum[kRows][2];
+  const int64_t u0 = mine.panel * 2 * L, u1 = std::min(H, mine.panel_end * 2 * L);
   for (size_t t = steps.size(); t-- > 0;) {
     const Step& s = steps[t];
+    const int64_t row_end = std::min(mine.row_end, s.rows);
     const T* before = a.da_now + t % 2 * B * wide;  // every row's da', zero if there is none
     T* after = a.da_now + (t + 1) % 2 * B * wide;
-    for (int64_t p = mine.panel; p < mine.panel_end; ++p)
-      for_tiles(mine.row, std::min(mine.row_end, s.rows), kRows, [&](int64_t b0, int64_t b1) {
-        for (int64_t row = s.row + b0; row < s.row + b1; ++row)  // on the way during the product
-          for (int64_t u = p * 2 * L; u < std::min<int64_t>(H, (p + 1) * 2 * L); u += L) {
-            for (int64_t gate = 0; gate < 4; ++gate)
-              __builtin_prefetch(a.gates + (row * 4 + gate) * H + u);
-            __builtin_prefetch(a.dh + row * H + u);
-            __builtin_prefetch(a.c + row * H + u);
-          }
-        std::fill(sum[0], sum[0] + kRows * 2, Vec<T>{});
-        product<T, 2>(b1 - b0, before + b0 * wide, wide, a.panels + p * 8 * H, 4 * H, sum[0]);
-        for (int64_t b = b0; b < b1; ++b)
-          for (int64_t u = p * 2 * L; u < std::min<int64_t>(H, (p + 1) * 2 * L); u += L) {
-            const int64_t n = H - u, row = s.row + b;
-            const T* gates = a.gates + row * 4 * H + u;
-            const Vec<T> i = load(gates, n), f = load(gates + H, n);
-            const Vec<T> g = load(gates + 2 * H, n), o = load(gates + 3 * H, n);
-            const Vec<T> tanh_c = tanh<T>(load(a.c + row * H + u, n));
-            const Vec<T> c = load((b < s.going ? a.c + (s.prev + b) * H : a.c0 + b * H) + u, n);
-            Vec<T> dh = load(a.dh + row * H + u, n) + sum[b - b0][u / L % 2];
-            Vec<T> dc = load(a.dc0 + b * H + u, n) + dh * o * (1 - tanh_c * tanh_c);
-            if (a.dc) dc += load(a.dc + row * H + u, n);
-            store(a.dc0 + b * H + u, dc * f, n);
-            const Vec<T> da[4] = {dc * g * i * (1 - i), dc * c * f * (1 - f),
-                                  dc * i * (1 - g * g), dh * tanh_c * o * (1 - o)};
-            for (int64_t gate = 0; gate < 4; ++gate) {
-              store(after + b * wide + gate * H + u, da[gate], n);
-              store(a.da + row * 4 * H + gate * H + u, da[gate], n);
-            }
-          }
-      });
+    for (int64_t k = 0; k < 4 * H; k += kBlock)  // a block of da' stays near for all panels
+      for (int64_t p = mine.panel; p < mine.panel_end; ++p)
+        for_tiles(mine.row, row_end, kRows, [&](int64_t b0, int64_t b1) {
+          Vec<T>* sum = a.sums + (p * B + b0) * 2;
+          if (k == 0) std::fill(sum, sum + (b1 - b0) * 2, Vec<T>{});
+          product<T, 2>(b1 - b0, before + b0 * wide + k, wide, a.panels + (p * 4 * H + k) * 2,
+                        std::min<int64_t>(kBlock, 4 * H - k), sum);
+        });
+    for (int64_t b = mine.row; b < row_end; ++b) {
+      const int64_t row = s.row + b;
+      const T* c_before = b < s.going ? a.c + (s.prev + b) * H : a.c0 + b * H;
+      for (int64_t u = u0; u < u1; u += L) {
+        const int64_t n = H - u;
+        const T* gates = a.gates + row * 4 * H + u;
+        const Vec<T> i = load(gates, n), f = load(gates + H, n);
+        const Vec<T> g = load(gates + 2 * H, n), o = load(gates + 3 * H, n);
+        const Vec<T> tanh_c = tanh<T>(load(a.c + row * H + u, n)), c = load(c_before + u, n);
+        const Vec<T> sum = a.sums[(u / (2 * L) * B + b) * 2 + u / L % 2];
+        const Vec<T> dh = load(a.dh + row * H + u, n) + sum;
+        Vec<T> dc = load(a.dc0 + b * H + u, n) + dh * o * (1 - tanh_c * tanh_c);
+        if (a.dc) dc += load(a.dc + row * H + u, n);
+        store(a.dc0 + b * H + u, dc * f, n);
+        const Vec<T> da[4] = {dc * g * i * (1 - i), dc * c * f * (1 - f), dc * i * (1 - g * g),
+                              dh * tanh_c * o * (1 - o)};
+        for (int64_t gate = 0; gate < 4; ++gate) {
+          store(after + b * wide + gate * H + u, da[gate], n);
+          store(a.da + row * 4 * H + gate * H + u, da[gate], n);
+        }
+      }
+    }
     if (!mine.alone) barrier();
   }
-  for (int64_t p = mine.panel; p < mine.panel_end; ++p)  // what its first step hands to h0
-    for (int64_t b = mine.row; b < mine.row_end; ++b) {
-      std::fill(sum[0], sum[0] + 2, Vec<T>{});
-      product<T, 2>(1, a.da + a.first[b] * 4 * H, 0, a.panels + p * 8 * H, 4 * H, sum[0]);
-      for (int64_t u = p * 2 * L; u < std::min<int64_t>(H, (p + 1) * 2 * L); u += L)
-        store(a.dh0 + b * H + u, sum[0][u / L % 2], H - u);
+  for (int64_t b = mine.row; b < mine.row_end; ++b)  // what its first step hands to h0
+    for (int64_t u = u0; u < u1; u += 2 * L) {
+      Vec<T> sum[2] = {};
+      product<T, 2>(1, a.da + a.first[b] * 4 * H, 0, a.panels + u / (2 * L) * 8 * H, 4 * H, sum);
+      for (int64_t v = 0; v < 2 && u + v * L < H; ++v)
+        store(a.dh0 + b * H + u + v * L, sum[v], H - u - v * L);
     }
 }
 
@@ -310,6 +313,7 @@ Three backward_cpu(const at::Tensor& dh, const std::optional<at::Tensor>& dc,
     using T = scalar_t;
     const int64_t panels = (H + 2 * kLanes<T> - 1) / (2 * kLanes<T>);
     auto packed = fresh({panels, 4 * H, 2 * kLanes<T>}, like);
+    auto sums = fresh({panels, B, 2 * kLanes<T>}, like);
     auto da_now = at::zeros({2, B, padded<T>(4 * H)}, like);
     const auto steps = walk(sizes, reverse);
     std::vector<int64_t> first(B);
@@ -319,7 +323,8 @@ Three backward_cpu(const at::Tensor& dh, const std::optional<at::Tensor>& dc,
                   gates_.const_data_ptr<T>(), c_.const_data_ptr<T>(), c0_.const_data_ptr<T>(),
                   w_hh_.const_data_ptr<T>(), da.data_ptr<T>(), dh0.data_ptr<T>(),
                   dc0.data_ptr<T>(), reinterpret_cast<Vec<T>*>(packed.data_ptr<T>()),
-                  da_now.data_ptr<T>(), first.data(), B, H};
+                  reinterpret_cast<Vec<T>*>(sums.data_ptr<T>()), da_now.data_ptr<T>(),
+                  first.data(), B, H};
     team(panels, sizes, 4.0 * H * H * sizeof(T), [&](const Share& mine) {
       backward<T>(a, steps, mine);
     });
