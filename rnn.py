@@ -337,7 +337,7 @@ class LSTM(RNNBase):
             return super()._direction(x, sizes, state, p, reverse, keep)
         bias = p.bias_ih + p.bias_hh if self.bias else p.weight_hh.new_zeros(len(p.weight_hh))
         inputs = (x, *state, p.weight_ih, bias, p.weight_hh)
-        h, _, end = fused.lstm(*inputs, sizes, reverse, plain_lstm)
+        h, end = fused.lstm(*inputs, sizes, reverse, plain_lstm)
         return {"h": h}, end
 
 

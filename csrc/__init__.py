@@ -43,7 +43,8 @@ def _register_shapes():
     @torch.library.register_fake("rnn::lstm_forward")
     def _(x, w_ih, bias, h0, c0, w_hh, sizes, reverse, save):
         N, H = x.shape[0], w_hh.shape[1]
-        return x.new_empty(N, H), x.new_empty(N, H), x.new_empty(N if save else 0, 4 * H)
+        gates = x.new_empty(N if save else 0, 4 * H)
+        return x.new_empty(N, H), x.new_empty(N, H) if save else torch.empty_like(c0), gates
 
     @torch.library.register_fake("rnn::lstm_backward")
     def _(dh, dc, gates, c, c0, w_hh, sizes, reverse):
@@ -61,18 +62,21 @@ def can_run(x):
 
 def lstm(x, h0, c0, w_ih, bias, w_hh, sizes, reverse, plain):
     """One direction of one layer: x (N, I), h0 and c0 (B, H), w_ih (4H, I), bias (4H), w_hh (4H, H)
-    -> h and c after every row's step, (N, H), and the states at the end, (B, H). `plain` computes
-    h and c from the first eight arguments with torch's own operators."""
+    -> h after every row's step, (N, H), and the state at the end, a tuple of (B, H). `plain`
+    computes h and c, (N, H), from the first eight arguments with torch's own operators."""
     inputs = (x, h0, c0, w_ih, bias, w_hh)
-    save = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-    h, c = FusedLSTM.apply(*inputs, sizes, reverse, save, plain)
-    return h, c, (rows_at_the_end(h, sizes, reverse), rows_at_the_end(c, sizes, reverse))
+    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+        h, c = FusedLSTM.apply(*inputs, sizes, reverse, plain)
+        end = rows_at_the_end(c, sizes, reverse)
+    else:
+        h, end, _ = torch.ops.rnn.lstm_forward(x, w_ih, bias, h0, c0, w_hh, sizes, reverse, False)
+    return h, (rows_at_the_end(h, sizes, reverse), end)
 
 
 class FusedLSTM(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, h0, c0, w_ih, bias, w_hh, sizes, reverse, save, plain):
-        h, c, gates = torch.ops.rnn.lstm_forward(x, w_ih, bias, h0, c0, w_hh, sizes, reverse, save)
+    def forward(ctx, x, h0, c0, w_ih, bias, w_hh, sizes, reverse, plain):
+        h, c, gates = torch.ops.rnn.lstm_forward(x, w_ih, bias, h0, c0, w_hh, sizes, reverse, True)
         ctx.save_for_backward(x, h0, c0, w_ih, bias, w_hh, h, c, gates)
         ctx.sizes, ctx.reverse, ctx.plain = sizes, reverse, plain
         ctx.set_materialize_grads(False)
@@ -93,14 +97,14 @@ class FusedLSTM(torch.autograd.Function):
                 [t for t in inputs if t.requires_grad], (dh, dc),
                 create_graph=True, materialize_grads=True))
             gradients = [next(found) if t.requires_grad else None for t in inputs]
-            return *gradients, None, None, None, None
+            return *gradients, None, None, None
         da, dh0, dc0 = torch.ops.rnn.lstm_backward(dh, dc, gates, c, c0, w_hh, ctx.sizes,
                                                    ctx.reverse)  # (N, 4H), (B, H), (B, H)
         # Products of tall matrices are quickest with the narrow one of the two transposed.
         dw_ih = (x.t() @ da).t()  # (4H, I)
         dw_hh = (rows_before(h, h0, ctx.sizes, ctx.reverse).t() @ da).t()  # (4H, H)
         dx = da @ w_ih if ctx.needs_input_grad[0] else None  # (N, I)
-        return dx, dh0, dc0, dw_ih, da.sum(0), dw_hh, None, None, None, None
+        return dx, dh0, dc0, dw_ih, da.sum(0), dw_hh, None, None, None
 
 
 def rows_before(h, h0, sizes, reverse):

@@ -37,7 +37,8 @@ namespace rnn {
 
 using Three = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
-// -> h (N,H), c (N,H) and gates (N,4H), activated; gates (0,4H) unless `save`
+// -> h (N,H), c (N,H) and gates (N,4H), activated, for lstm_backward; unless `save` only h and what
+//    the sequences end with, c (B,H); gates (0,4H)
 Three lstm_forward(const at::Tensor& x,     // (N,I)
                    const at::Tensor& w_ih,  // (4H,I)
                    const at::Tensor& bias,  // (4H)

@@ -118,7 +118,7 @@ template <typename T> int64_t padded(int64_t columns) { return columns + 2 * kLa
 
 template <typename T> struct Forward {
   const T *x, *w_ih, *bias, *w_hh;            // as in lstm.h
-  T *h, *c, *gates;                           // (N,H), (N,H), (N,4H) or null
+  T *h, *c, *gates;                           // (N,H), (N,H), (N,4H); gates null: no c either
   Vec<T>* panels;                             // (panels, I + H, 4 gates) vectors of L units
   T *h_now, *c_now;                           // (2, B, padded H) by turns; (B,H)
   int64_t B, I, H;
@@ -160,9 +160,10 @@ void forward(const Forward<T>& a, const std::vector<Step>& steps, const Share& m
           const Vec<T> h = gate[3] * tanh<T>(c);
           store(a.c_now + b * H + u, c, n);
           store(after + b * wide + u, h, n);
-          store(a.c + row * H + u, c, n);
           store(a.h + row * H + u, h, n);
-          for (int j = 0; a.gates && j < 4; ++j) store(a.gates + (row * 4 + j) * H + u, gate[j], n);
+          if (!a.gates) continue;
+          store(a.c + row * H + u, c, n);
+          for (int j = 0; j < 4; ++j) store(a.gates + (row * 4 + j) * H + u, gate[j], n);
         }
       });
     if (!mine.alone) barrier();
@@ -268,11 +269,11 @@ Three forward_cpu(const at::Tensor& x, const at::Tensor& w_ih, const at::Tensor&
   check_matrix("h0", h0, w_hh, B, H), check_matrix("c0", c0, w_hh, B, H);
   check_sizes(sizes, B, N);
   const auto like = w_hh.options();
-  auto h = fresh({N, H}, like), c = fresh({N, H}, like), gates = fresh({save ? N : 0, 4 * H}, like);
+  auto h = fresh({N, H}, like), c_now = c0.clone(at::MemoryFormat::Contiguous);
+  auto c = save ? fresh({N, H}, like) : c_now, gates = fresh({save ? N : 0, 4 * H}, like);
   if (N == 0) return {h, c, gates};
   const auto x_ = x.contiguous(), w_ih_ = w_ih.contiguous(), bias_ = bias.contiguous();
   const auto w_hh_ = w_hh.contiguous();
-  auto c_now = c0.clone(at::MemoryFormat::Contiguous);
   AT_DISPATCH_FLOATING_TYPES(w_hh.scalar_type(), "lstm_forward", [&] {
     using T = scalar_t;
     const int64_t panels = (H + kLanes<T> - 1) / kLanes<T>;

@@ -35,7 +35,7 @@ def tensors(B, I, H, sizes, dtype=torch.float64):
 
 
 def fused(inputs, sizes, reverse):
-    return rnn.fused.lstm(*inputs, sizes, reverse, rnn.plain_lstm)[:2]
+    return rnn.fused.FusedLSTM.apply(*inputs, sizes, reverse, rnn.plain_lstm)
 
 
 def plain(inputs, sizes, reverse):
@@ -79,11 +79,15 @@ def test_opcheck(shape, reverse, dtype):
         torch.library.opcheck(backward, (h, dc, gates, c, c0, w_hh, shape[-1], reverse))
 
 
-def test_inference_keeps_no_gates():
-    x, h0, c0, w_ih, bias, w_hh = tensors(2, 3, 5, [2, 2])
-    for save, rows in ((False, 0), (True, 4)):
-        out = torch.ops.rnn.lstm_forward(x, w_ih, bias, h0, c0, w_hh, [2, 2], False, save)
-        assert out[2].shape == (rows, 20)
+@pytest.mark.parametrize("reverse", REVERSE)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_inference_keeps_no_gates_but_the_same_results(shape, reverse):
+    (x, h0, c0, w_ih, bias, w_hh), sizes = tensors(*shape), shape[-1]
+    h, c, gates = torch.ops.rnn.lstm_forward(x, w_ih, bias, h0, c0, w_hh, sizes, reverse, True)
+    lean = torch.ops.rnn.lstm_forward(x, w_ih, bias, h0, c0, w_hh, sizes, reverse, False)
+    assert gates.shape == (len(x), 4 * len(h0[0])) and lean[2].shape == (0, 4 * len(h0[0]))
+    assert torch.equal(lean[0], h)
+    assert torch.equal(lean[1], rnn.fused.rows_at_the_end(c, sizes, reverse))
 
 
 def test_backward_twice_gives_the_same():
