@@ -36,6 +36,7 @@ import importlib.util
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -841,6 +842,15 @@ def random_state(new=None):
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
+def say(line, passing=False):
+    """Print a line. On a terminal the next one takes the place of a passing one."""
+    if sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns - 1
+        print(f"{line:<{width}}"[:width], end="\r" if passing else "\n", flush=True)
+    else:
+        print(line, flush=True)
+
+
 def report(run, window, seconds, symbols, left):
     """Print one line on the last steps, window: a list of (loss, gradient norm). Returns the mean
     loss; raises FloatingPointError if it or a norm is not finite."""
@@ -855,8 +865,7 @@ def report(run, window, seconds, symbols, left):
     line = (f"step {run['step']:,}  {run['seconds']:.0f} s, {max(left, 0):.0f} s left  "
             f"{measures(loss)}  grad {norm:.2g}  "
             f"{len(window) * symbols / seconds:,.0f} chars/s{note}")
-    terminal = sys.stdout.isatty()  # there the next line takes the place of this one
-    print(f"{line:<99}" if terminal else line, end="\r" if terminal else "\n", flush=True)
+    say(line, passing=True)
     return loss
 
 
@@ -955,7 +964,7 @@ def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, ba
         run["history"].append((run["step"], loss, value))
         run["stale"] = 0 if value < run["best"] else run["stale"] + 1
         run["halvings"] += run["stale"] > 0 and run["stale"] % 2 == 0
-        print(f"step {run['step']:,}  held-out {measures(value)}", flush=True)
+        say(f"step {run['step']:,}  held-out {measures(value)}")
         if value < run["best"]:
             run["best"], best = value, copy.deepcopy(model.state_dict())
             keep("best.pt")
