@@ -860,18 +860,16 @@ def report(run, window, seconds, symbols, left):
         raise FloatingPointError(
             f"training stopped at step {run['step']}: loss {loss}, gradient norm {norm}. A smaller "
             "lr or clip may help; the last checkpoint remains")
-    note = "  gradient explodes" if norm > 1e3 else ""
-    note = "  gradient vanishes" if float(norms.min()) < 1e-6 else note
-    line = (f"step {run['step']:,}  {run['seconds']:.0f} s, {max(left, 0):.0f} s left  "
-            f"{measures(loss)}  grad {norm:.2g}  "
-            f"{len(window) * symbols / seconds:,.0f} chars/s{note}")
-    say(line, passing=True)
+    note = " gradient explodes" if norm > 1e3 else ""
+    note = " gradient vanishes" if float(norms.min()) < 1e-6 else note
+    say(f"step {run['step']:,} ({max(left, 0):.0f} s left) {measures(loss)} grad {norm:.2g} "
+        f"{len(window) * symbols / seconds:,.0f} chars/s{note}", passing=True)
     return loss
 
 
 def measures(loss):
     """A loss in nats in its three usual forms."""
-    return f"loss {loss:.4f}  ppl {math.exp(min(loss, 99)):.2f}  bpc {loss / math.log(2):.3f}"
+    return f"loss {loss:.4f} ppl {math.exp(min(loss, 99)):.2f} bpc {loss / math.log(2):.3f}"
 
 
 def backpropagate(model, x, y, state, accumulate, autocast):
@@ -964,7 +962,7 @@ def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, ba
         run["history"].append((run["step"], loss, value))
         run["stale"] = 0 if value < run["best"] else run["stale"] + 1
         run["halvings"] += run["stale"] > 0 and run["stale"] % 2 == 0
-        say(f"step {run['step']:,}  held-out {measures(value)}")
+        say(f"step {run['step']:,} held-out {measures(value)}")
         if value < run["best"]:
             run["best"], best = value, copy.deepcopy(model.state_dict())
             keep("best.pt")

@@ -209,7 +209,8 @@ def main(argv=None):
 
     out = args.out or (os.path.dirname(args.resume) or "." if args.resume else "out")
     dtype = getattr(torch, settings["dtype"])
-    result = rnn.train(model, vocab, ids[:split], ids[split:], out, resume=resumed,
+    evals = 10 if length.get("steps") else min(10, max(1, int(length["seconds"] / 20)))
+    result = rnn.train(model, vocab, ids[:split], ids[split:], out, evals=evals, resume=resumed,
                        notes={**settings, **length, "sha256": digest},
                        **{**settings, **length, "dtype": dtype})
     loss = result["val_loss"]
