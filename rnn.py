@@ -176,7 +176,8 @@ class RNNBase(nn.Module):
         for name in ("input_size", "hidden_size", "num_layers"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be greater than zero, got {getattr(self, name)}")
-        if isinstance(self.dropout, bool) or not 0 <= self.dropout <= 1:
+        number = isinstance(self.dropout, (int, float)) and not isinstance(self.dropout, bool)
+        if not number or not 0 <= self.dropout <= 1:
             raise ValueError(f"dropout should be a number in range [0, 1], got {self.dropout}")
         if self.dropout and self.num_layers == 1:
             warnings.warn("dropout acts between layers and so needs num_layers greater than 1, "

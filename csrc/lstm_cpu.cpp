@@ -182,7 +182,7 @@ template <typename T> struct Backward {
   int64_t B, H;
 };
 
-constexpr int64_t kBlock = 256;
+constexpr int64_t kBlock = 256;  // gate gradients whose rows of W_hh and of da' stay in near caches
 
 template <typename T>
 void backward(const Backward<T>& a, const std::vector<Step>& steps, const Share& mine) {

@@ -180,6 +180,7 @@ def test_torchs_own_error_samples(info):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name,arguments,error,message", [
     ("dropout", {"dropout": 1.5}, ValueError, r"range \[0, 1\], got 1.5"),
+    ("dropout_text", {"dropout": "much"}, ValueError, r"range \[0, 1\], got much"),
     ("proj", {"proj_size": H}, ValueError, "proj_size"),
     ("layers", {"num_layers": 0}, ValueError, "num_layers must be greater than zero, got 0"),
 ], ids=lambda value: value if isinstance(value, str) else "")
