@@ -12,7 +12,7 @@ import sys
 import torch
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
-SOURCES = ["lstm.cpp", "lstm_cpu.cpp"]
+SOURCES = ["lstm.cpp", "lstm_cpu.cpp", "lstm_bf16.cpp"]
 
 
 def flags():

@@ -56,6 +56,22 @@ Three lstm_backward(const at::Tensor& dh,                 // (N,H)
                     const at::Tensor& w_hh,               // (4H,H)
                     at::IntArrayRef sizes, bool reverse);
 
+// ---- lstm_bf16.cpp, as lstm_cpu.cpp sees it; tensors are checked and contiguous ----
+
+// Whether it can compute this on this CPU, and pays off.
+bool bf16_serves(at::ScalarType type, int64_t B, int64_t H);
+
+// Fill h, c and gates; c and gates may be empty. Return the final c (B,H), float32.
+at::Tensor forward_bf16(const at::Tensor& x, const at::Tensor& w_ih, const at::Tensor& bias,
+                        const at::Tensor& h0, const at::Tensor& c0, const at::Tensor& w_hh,
+                        at::IntArrayRef sizes, bool reverse, at::Tensor& h, at::Tensor& c,
+                        at::Tensor& gates);
+
+// Fill da and dh0. Return dc0 (B,H), float32. dc may be undefined.
+at::Tensor backward_bf16(const at::Tensor& dh, const at::Tensor& dc, const at::Tensor& gates,
+                         const at::Tensor& c, const at::Tensor& c0, const at::Tensor& w_hh,
+                         at::IntArrayRef sizes, bool reverse, at::Tensor& da, at::Tensor& dh0);
+
 // ---- Checks that every device's implementation makes first ----
 
 inline void check_matrix(const char* name, const at::Tensor& t, const at::Tensor& like,
@@ -72,8 +88,9 @@ inline void check_matrix(const char* name, const at::Tensor& t, const at::Tensor
 inline int64_t check_w_hh(const at::Tensor& w) {
   TORCH_CHECK(w.dim() == 2 && w.size(1) >= 1 && w.size(0) % 4 == 0 && w.size(0) / 4 == w.size(1),
               "lstm: w_hh must be (4H, H), got ", w.sizes());
-  TORCH_CHECK(w.scalar_type() == at::kFloat || w.scalar_type() == at::kDouble,
-              "lstm: float32 or float64 expected, got ", w.scalar_type());
+  TORCH_CHECK(w.scalar_type() == at::kFloat || w.scalar_type() == at::kDouble ||
+              w.scalar_type() == at::kBFloat16,
+              "lstm: float32, float64 or bfloat16 expected, got ", w.scalar_type());
   check_matrix("w_hh", w, w, w.size(0), w.size(1));
   return w.size(1);
 }

@@ -6,19 +6,10 @@
 // while still in the nearest cache. The state travels from step to step in a small buffer.
 #include "lstm.h"
 #include "simd.h"
+#include "team.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 #include <torch/library.h>
-
-#include <algorithm>
-#include <vector>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 namespace rnn {
 namespace {
@@ -47,68 +38,11 @@ void product(int64_t rows, const T* x, int64_t stride, const Vec<T>* w, int64_t 
   tile<T, R, V>(x, stride, w, K, out);
 }
 
-// ---- Threads ----
-
-inline void barrier() {
-#ifdef _OPENMP
-#pragma omp barrier
-#endif
-}
-
-// What one thread does. Either some rows of the batch for all units: then it never needs what
-// another one has computed. Or some units for all rows: then its part of the weights stays in its
-// own cache, but every step must wait for all threads to end the one before.
-struct Share {
-  int64_t row, row_end, panel, panel_end;
-  int64_t pack, pack_end;  // panels to copy at the beginning
-  bool alone;
-};
-
-// Runs body(share) on a team of threads. It may be smaller than asked for, and is one thread
-// without OpenMP: shares follow its true size. Inside another parallel region, one thread.
-template <typename Body>
-void team(int64_t panels, at::IntArrayRef sizes, double weight_bytes, const Body& body) {
-  const int64_t B = sizes[0];
-  auto share = [&](int64_t id, int64_t count) {
-    const int64_t p0 = panels * id / count, p1 = panels * (id + 1) / count;
-    const bool dense = sizes.back() == B;  // else halves of the rows are not halves of the work
-    if (dense && B >= 4 * count && weight_bytes <= 1.6e6)  // the weights fit each thread's cache
-      return Share{B * id / count, B * (id + 1) / count, 0, panels, p0, p1, true};
-    return Share{0, B, p0, p1, p0, p1, false};
-  };
-#ifdef _OPENMP
-  int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  threads = std::max<int64_t>(1, std::min(threads, panels));
-  if (B * weight_bytes < 2e5) threads = 1;  // a step would take less time than the barrier
-#pragma omp parallel num_threads(threads)
-  body(share(omp_get_thread_num(), omp_get_num_threads()));
-#else
-  body(share(0, 1));
-#endif
-}
-
 // Cuts rows begin .. end into tiles of at most `most`, equal to within one: 13 = 7 + 6, not 12 + 1.
 template <typename Body>
 inline void for_tiles(int64_t begin, int64_t end, int64_t most, const Body& body) {
   const int64_t n = end - begin, tiles = (n + most - 1) / most;  // none if end <= begin
   for (int64_t j = 0; j < tiles; ++j) body(begin + n * j / tiles, begin + n * (j + 1) / tiles);
-}
-
-struct Step {
-  int64_t row, rows;    // its rows: row .. row + rows
-  int64_t prev, going;  // the first `going` of them continue rows prev .. prev + going
-};
-
-std::vector<Step> walk(at::IntArrayRef sizes, bool reverse) {
-  std::vector<Step> steps;
-  int64_t row = 0;
-  for (int64_t n : sizes) steps.push_back({row, n, 0, 0}), row += n;
-  if (reverse) std::reverse(steps.begin(), steps.end());
-  for (size_t t = 1; t < steps.size(); ++t) {
-    steps[t].prev = steps[t - 1].row;
-    steps[t].going = std::min(steps[t].rows, steps[t - 1].rows);
-  }
-  return steps;
 }
 
 // Rows of a buffer, far enough apart that twelve of them do not fall into the same cache set.
@@ -244,19 +178,6 @@ void backward(const Backward<T>& a, const std::vector<Step>& steps, const Share&
 
 // ---- The operators ----
 
-// An uninitialised tensor. A large one is fresh memory, and the first touch of each of its 4 KiB
-// pages costs a fault, in all up to a quarter of a training step; so ask for pages of 2 MiB.
-at::Tensor fresh(at::IntArrayRef shape, const at::TensorOptions& options) {
-  at::Tensor t = at::empty(shape, options);
-#ifdef __linux__
-  constexpr uintptr_t page = 1 << 21;
-  uintptr_t begin = reinterpret_cast<uintptr_t>(t.data_ptr()), end = begin + t.nbytes();
-  begin = (begin + page - 1) / page * page;
-  if (end >= begin + page) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-  return t;
-}
-
 Three forward_cpu(const at::Tensor& x, const at::Tensor& w_ih, const at::Tensor& bias,
                   const at::Tensor& h0, const at::Tensor& c0, const at::Tensor& w_hh,
                   at::IntArrayRef sizes, bool reverse, bool save) {
@@ -274,6 +195,10 @@ Three forward_cpu(const at::Tensor& x, const at::Tensor& w_ih, const at::Tensor&
   if (N == 0) return {h, c, gates};
   const auto x_ = x.contiguous(), w_ih_ = w_ih.contiguous(), bias_ = bias.contiguous();
   const auto w_hh_ = w_hh.contiguous();
+  if (bf16_serves(w_hh.scalar_type(), B, H)) {
+    auto end = forward_bf16(x_, w_ih_, bias_, h0.contiguous(), c0, w_hh_, sizes, reverse, h, c, gates);
+    return {h, save ? c : end.to(w_hh.scalar_type()), gates};
+  }
   AT_DISPATCH_FLOATING_TYPES(w_hh.scalar_type(), "lstm_forward", [&] {
     using T = scalar_t;
     const int64_t panels = (H + kLanes<T> - 1) / kLanes<T>;
@@ -286,7 +211,7 @@ Three forward_cpu(const at::Tensor& x, const at::Tensor& w_ih, const at::Tensor&
                  reinterpret_cast<Vec<T>*>(packed.data_ptr<T>()), h_now.data_ptr<T>(),
                  c_now.data_ptr<T>(), B, I, H};
     const auto steps = walk(sizes, reverse);
-    team(panels, sizes, 4.0 * H * (I + H) * sizeof(T), [&](const Share& mine) {
+    team(panels, 1, sizes, 4.0 * H * (I + H) * sizeof(T), [&](const Share& mine) {
       forward<T>(a, steps, mine);
     });
   });
@@ -310,6 +235,10 @@ Three backward_cpu(const at::Tensor& dh, const std::optional<at::Tensor>& dc,
   const auto dh_ = dh.contiguous(), gates_ = gates.contiguous(), c_ = c.contiguous();
   const auto c0_ = c0.contiguous(), w_hh_ = w_hh.contiguous();
   const auto dc_ = dc ? dc->contiguous() : at::Tensor();
+  if (bf16_serves(w_hh.scalar_type(), B, H)) {
+    dc0 = backward_bf16(dh_, dc_, gates_, c_, c0_, w_hh_, sizes, reverse, da, dh0);
+    return {da, dh0, dc0.to(w_hh.scalar_type())};
+  }
   AT_DISPATCH_FLOATING_TYPES(w_hh.scalar_type(), "lstm_backward", [&] {
     using T = scalar_t;
     const int64_t panels = (H + 2 * kLanes<T> - 1) / (2 * kLanes<T>);
@@ -317,16 +246,14 @@ Three backward_cpu(const at::Tensor& dh, const std::optional<at::Tensor>& dc,
     auto sums = fresh({panels, B, 2 * kLanes<T>}, like);
     auto da_now = at::zeros({2, B, padded<T>(4 * H)}, like);
     const auto steps = walk(sizes, reverse);
-    std::vector<int64_t> first(B);
-    for (const Step& s : steps)
-      for (int64_t b = s.going; b < s.rows; ++b) first[b] = s.row + b;
+    const auto first = first_rows(steps, B);
     Backward<T> a{dh_.const_data_ptr<T>(), dc ? dc_.const_data_ptr<T>() : nullptr,
                   gates_.const_data_ptr<T>(), c_.const_data_ptr<T>(), c0_.const_data_ptr<T>(),
                   w_hh_.const_data_ptr<T>(), da.data_ptr<T>(), dh0.data_ptr<T>(),
                   dc0.data_ptr<T>(), reinterpret_cast<Vec<T>*>(packed.data_ptr<T>()),
                   reinterpret_cast<Vec<T>*>(sums.data_ptr<T>()), da_now.data_ptr<T>(),
                   first.data(), B, H};
-    team(panels, sizes, 4.0 * H * H * sizeof(T), [&](const Share& mine) {
+    team(panels, 1, sizes, 4.0 * H * H * sizeof(T), [&](const Share& mine) {
       backward<T>(a, steps, mine);
     });
   });

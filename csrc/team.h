@@ -1,0 +1,100 @@
+// What the CPU kernels share: threads, and the walk over the steps.
+#pragma once
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <vector>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+namespace rnn {
+namespace {
+
+inline void barrier() {
+#ifdef _OPENMP
+#pragma omp barrier
+#endif
+}
+
+// What one thread does. Either some rows of the batch for all units: then it never needs what
+// another one has computed. Or some units for all rows: then its part of the weights stays in its
+// own cache, but every step must wait for all threads to end the one before. Units come in panels,
+// rows in tiles of `tile` rows.
+struct Share {
+  int64_t row, row_end, panel, panel_end;
+  int64_t pack, pack_end;  // panels to copy at the beginning
+  int64_t id, count;       // this thread, of so many
+  bool alone;
+};
+
+// Runs body(share) on a team of threads. It may be smaller than asked for, and is one thread
+// without OpenMP: shares follow its true size. Inside another parallel region, one thread.
+template <typename Body>
+void team(int64_t panels, int64_t tile, at::IntArrayRef sizes, double weight_bytes,
+          const Body& body) {
+  const int64_t B = sizes[0], tiles = (B + tile - 1) / tile;
+  auto share = [&](int64_t id, int64_t count) {
+    const int64_t p0 = panels * id / count, p1 = panels * (id + 1) / count;
+    const bool dense = sizes.back() == B;  // else halves of the rows are not halves of the work
+    const bool even = tiles % count == 0 || tiles >= 16 * count;
+    if (dense && B >= 4 * count && even && weight_bytes <= 1.6e6)  // they fit each thread's cache
+      return Share{tiles * id / count * tile, std::min(B, tiles * (id + 1) / count * tile), 0,
+                   panels, p0, p1, id, count, true};
+    return Share{0, B, p0, p1, p0, p1, id, count, false};
+  };
+#ifdef _OPENMP
+  int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  threads = std::max<int64_t>(1, std::min(threads, panels));
+  if (B * weight_bytes < 2e5) threads = 1;  // a step would take less time than the barrier
+#pragma omp parallel num_threads(threads)
+  body(share(omp_get_thread_num(), omp_get_num_threads()));
+#else
+  body(share(0, 1));
+#endif
+}
+
+struct Step {
+  int64_t row, rows;    // its rows: row .. row + rows
+  int64_t prev, going;  // the first `going` of them continue rows prev .. prev + going
+};
+
+inline std::vector<Step> walk(at::IntArrayRef sizes, bool reverse) {
+  std::vector<Step> steps;
+  int64_t row = 0;
+  for (int64_t n : sizes) steps.push_back({row, n, 0, 0}), row += n;
+  if (reverse) std::reverse(steps.begin(), steps.end());
+  for (size_t t = 1; t < steps.size(); ++t) {
+    steps[t].prev = steps[t - 1].row;
+    steps[t].going = std::min(steps[t].rows, steps[t - 1].rows);
+  }
+  return steps;
+}
+
+// The row in which each of B sequences begins.
+inline std::vector<int64_t> first_rows(const std::vector<Step>& steps, int64_t B) {
+  std::vector<int64_t> first(B);
+  for (const Step& s : steps)
+    for (int64_t b = s.going; b < s.rows; ++b) first[b] = s.row + b;
+  return first;
+}
+
+// An uninitialised tensor. A large one is fresh memory, and the first touch of each of its 4 KiB
+// pages costs a fault, in all up to a quarter of a training step; so ask for pages of 2 MiB.
+inline at::Tensor fresh(at::IntArrayRef shape, const at::TensorOptions& options) {
+  at::Tensor t = at::empty(shape, options);
+#ifdef __linux__
+  constexpr uintptr_t page = 1 << 21;
+  uintptr_t begin = reinterpret_cast<uintptr_t>(t.data_ptr()), end = begin + t.nbytes();
+  begin = (begin + page - 1) / page * page;
+  if (end >= begin + page) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+  return t;
+}
+
+}  // namespace
+}  // namespace rnn

@@ -1,0 +1,247 @@
+// Products of tiles of bfloat16 numbers, for float32 and for bfloat16 tensors.
+//
+// A bfloat16 is the upper half of a float32: the same range, but 8 bits of precision instead of 24.
+// CPUs with AMX multiply it some ten times faster than float32: one instruction, of 16 cycles,
+// multiplies a tile of 16 rows x 32 numbers with one of 32 numbers x 16 columns, and adds the
+// result to a tile of 16 x 16 float32 sums. That serves both types of tensors:
+//
+//   bfloat16   as it is; the sums are float32.
+//   float32    a number is the sum of three bfloat16 parts, v = v0 + v1 + v2, of 8 bits each. Of the
+//              nine products of parts the six largest, v0w0 v0w1 v1w0 v1w1 v0w2 v2w0, give v w to
+//              float32's own precision, and still faster than its own product. Only infinity has no
+//              parts: inf - inf is NaN, and so is all that it meets.
+//
+// Layout. The inner loop should find each tile as one piece of 1 KiB, so operands are copied into
+//   rows     (row tiles, blocks of 32 numbers, parts, 16 rows, 32 numbers)
+//   columns  (pairs of column tiles, blocks of 32 numbers, parts, 2 tiles, 16 pairs of numbers,
+//             16 columns, 2 numbers): the instruction wants pairs of numbers side by side
+#pragma once
+#include "simd.h"
+
+#include <ATen/ATen.h>
+
+#include <cstdlib>
+#include <cstring>
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#ifdef __AMX_BF16__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace rnn {
+namespace {
+
+using Bf16 = uint16_t;
+using Floats = __m512;              // 16 lanes
+constexpr int64_t kTile = 16 * 32;  // numbers in a tile of an operand
+constexpr int64_t kSums = 16 * 16;  // numbers in a tile of sums
+
+template <typename T> constexpr int kParts = sizeof(T) == 4 ? 3 : 1;
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// ---- Sixteen numbers at a time, as float32. Of n numbers the first min(n, 16) are in memory ----
+
+inline __mmask16 first(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (1 << n) - 1; }
+inline Floats widen(__m256i v) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
+}
+inline __m256i narrow(Floats v) { return (__m256i)_mm512_cvtneps_pbh(v); }
+inline Floats get(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first(n), p); }
+inline Floats get(const Bf16* p, int64_t n) { return widen(_mm256_maskz_loadu_epi16(first(n), p)); }
+inline void put(float* p, Floats v, int64_t n) { _mm512_mask_storeu_ps(p, first(n), v); }
+inline void put(Bf16* p, Floats v, int64_t n) { _mm256_mask_storeu_epi16(p, first(n), narrow(v)); }
+
+// ---- Copying into operands ----
+
+template <int P> inline void split(Floats v, __m256i* part) {
+  for (int p = 0; p < P; ++p) {
+    part[p] = narrow(v);
+    v -= widen(part[p]);
+  }
+}
+
+// Sixteen numbers of one row; `to` is their place in the tile of the first part.
+template <int P> inline void put_row(Bf16* to, Floats v) {
+  __m256i part[P];
+  split<P>(v, part);
+  for (int p = 0; p < P; ++p) _mm256_store_si256((__m256i*)(to + p * kTile), part[p]);
+}
+
+// Two numbers, k and k + 1, of sixteen lanes, as pairs side by side
+template <int P> inline void pairs(Floats even, Floats odd, __m512i* pair) {
+  __m256i low[P], high[P];
+  split<P>(even, low), split<P>(odd, high);
+  for (int p = 0; p < P; ++p)
+    pair[p] = _mm512_or_si512(_mm512_cvtepu16_epi32(low[p]),
+                              _mm512_slli_epi32(_mm512_cvtepu16_epi32(high[p]), 16));
+}
+
+// Two numbers of sixteen columns; `to` is their place in the column tile of the first part.
+template <int P> inline void put_columns(Bf16* to, Floats even, Floats odd) {
+  __m512i pair[P];
+  pairs<P>(even, odd, pair);
+  for (int p = 0; p < P; ++p) _mm512_store_si512(to + p * 2 * kTile, pair[p]);
+}
+
+// Pairs of sixteen lanes, each to the next line of a tile: so columns become rows, and rows columns.
+inline void put_across(Bf16* to, __m512i pair) {
+  const __m512i line = _mm512_set_epi32(240, 224, 208, 192, 176, 160, 144, 128, 112, 96, 80, 64, 48,
+                                        32, 16, 0);
+  _mm512_i32scatter_epi32(to, line, pair, 4);
+}
+
+// ---- The product ----
+
+// Where tiles of sums are: `stride` numbers from row to row, `right` and `down` from tile to tile.
+struct Sums {
+  float* at;
+  int64_t stride, right, down;
+};
+
+#ifdef __AMX_BF16__
+// Linux lets a process use the tile registers once it has asked.
+inline bool has_amx() {
+  constexpr int request_permission = 0x1023, tile_data = 18;
+  static const bool granted = syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+  return granted;
+}
+
+// The tile registers' shapes, for this thread, while this object lives: sums 0 to 3, rows 4 and 5
+// (all of so many rows), columns 6 and 7.
+class TileRegisters {
+ public:
+  TileRegisters(bool use, int64_t rows) : use(use) {
+    struct alignas(64) {
+      uint8_t palette = 1, start = 0, reserved[14] = {};
+      uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {};
+    } shapes;
+    for (int k = 0; k < 8; ++k) shapes.rows[k] = k < 6 ? rows : 16;
+    if (use) _tile_loadconfig(&shapes);
+  }
+  ~TileRegisters() {
+    if (use) _tile_release();
+  }
+
+ private:
+  bool use;
+};
+
+template <int P, int R, bool add>
+void product_amx(const Bf16* rows, int64_t next, const Bf16* columns, int64_t blocks, Sums sums) {
+  const int64_t bytes = sums.stride * 4;
+  float *const below = sums.at + (R - 1) * sums.down;
+  asm volatile("" ::: "memory");  // GCC does not know that _tile_loadd reads memory
+  if constexpr (add) {
+    _tile_loadd(0, sums.at, bytes);
+    _tile_loadd(1, sums.at + sums.right, bytes);
+    _tile_loadd(2, below, bytes);
+    _tile_loadd(3, below + sums.right, bytes);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  auto load_rows = [&](int p) {
+    _tile_loadd(4, rows + p * kTile, 64);
+    if constexpr (R == 2) _tile_loadd(5, rows + next + p * kTile, 64);
+  };
+  auto load_columns = [&](int p) {
+    _tile_loadd(6, columns + 2 * p * kTile, 64);
+    _tile_loadd(7, columns + (2 * p + 1) * kTile, 64);
+  };
+  auto multiply = [] {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (R == 1) return;
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  };
+  for (int64_t k = 0; k < blocks; ++k, rows += P * kTile, columns += 2 * P * kTile) {
+    if constexpr (P == 3) {  // from one product to the next only one operand changes
+      load_rows(0), load_columns(2), multiply();
+      load_columns(1), multiply();
+      load_rows(1), multiply();
+      load_columns(0), multiply();
+      load_rows(2), multiply();
+      load_rows(0), multiply();
+    } else {
+      load_rows(0), load_columns(0), multiply();
+    }
+  }
+  _tile_stored(0, sums.at, bytes);
+  _tile_stored(1, sums.at + sums.right, bytes);
+  if constexpr (R == 1) return;
+  _tile_stored(2, below, bytes);
+  _tile_stored(3, below + sums.right, bytes);
+}
+#else
+inline bool has_amx() { return false; }
+struct TileRegisters {
+  TileRegisters(bool, int64_t) {}
+};
+template <int P, int R, bool add>
+void product_amx(const Bf16*, int64_t, const Bf16*, int64_t, Sums) {}
+#endif
+
+// The same with AVX-512 BF16, which multiplies 16 pairs at a time: twice as fast as float32, so not
+// worth while for three parts.
+template <int R, bool add>
+void product_avx512(const Bf16* rows, int64_t next, const Bf16* columns, int64_t blocks, Sums sums) {
+  constexpr int kRows = 8;
+  for (int half = 0; half < 2 * R; ++half) {
+    const Bf16* x = rows + half / 2 * next + half % 2 * kRows * 32;
+    float* out = sums.at + half / 2 * sums.down + half % 2 * kRows * sums.stride;
+    Floats sum[kRows][2];
+    for (int r = 0; r < kRows; ++r)
+      for (int v = 0; v < 2; ++v)
+        sum[r][v] = add ? _mm512_loadu_ps(out + r * sums.stride + v * sums.right) : Floats{};
+    for (int64_t k = 0; k < blocks * 16; ++k) {
+      const Bf16* w = columns + k / 16 * 2 * kTile + k % 16 * 32;
+      const auto w0 = (__m512bh)_mm512_load_si512(w), w1 = (__m512bh)_mm512_load_si512(w + kTile);
+      for (int r = 0; r < kRows; ++r) {
+        int32_t pair;
+        std::memcpy(&pair, x + k / 16 * kTile + r * 32 + k % 16 * 2, 4);
+        const auto v = (__m512bh)_mm512_set1_epi32(pair);
+        sum[r][0] = _mm512_dpbf16_ps(sum[r][0], v, w0);
+        sum[r][1] = _mm512_dpbf16_ps(sum[r][1], v, w1);
+      }
+    }
+    for (int r = 0; r < kRows; ++r)
+      for (int v = 0; v < 2; ++v) _mm512_storeu_ps(out + r * sums.stride + v * sums.right, sum[r][v]);
+  }
+}
+
+// What the products may use: RNN_CPU=float32 or avx512_bf16 in the environment sets a limit.
+inline bool allowed(const char* what) {
+  const char* limit = std::getenv("RNN_CPU");
+  return !limit || !*limit || !std::strcmp(limit, "amx") ||
+         (!std::strcmp(limit, "avx512_bf16") && !std::strcmp(limit, what));
+}
+inline bool use_amx() { return has_amx() && allowed("amx"); }
+
+// sums = (or, with add, +=) up to two row tiles x one pair of column tiles, over so many blocks of
+// 32 numbers. `next`: from a row tile to the next one.
+template <int P, bool add = false>
+inline void product(bool amx, bool two, const Bf16* rows, int64_t next, const Bf16* columns,
+                    int64_t blocks, Sums sums) {
+  if (amx && two) product_amx<P, 2, add>(rows, next, columns, blocks, sums);
+  else if (amx) product_amx<P, 1, add>(rows, next, columns, blocks, sums);
+  else if constexpr (P == 1) {
+    if (two) product_avx512<2, add>(rows, next, columns, blocks, sums);
+    else product_avx512<1, add>(rows, next, columns, blocks, sums);
+  }
+}
+
+template <typename T> T* data(at::Tensor& t) { return static_cast<T*>(t.data_ptr()); }
+template <typename T> const T* data(const at::Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
+}  // namespace
+}  // namespace rnn
+#endif
