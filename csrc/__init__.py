@@ -12,7 +12,7 @@ import sys
 import torch
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
-SOURCES = ["lstm.cpp", "lstm_cpu.cpp", "lstm_bf16.cpp"]
+SOURCES = ["lstm.cpp", "lstm_cpu.cpp", "lstm_bf16.cpp", "mm.cpp"]
 
 
 def flags():
@@ -50,12 +50,15 @@ def _register_shapes():
     def _(dh, dc, gates, c, c0, w_hh, sizes, reverse):
         return torch.empty_like(gates), torch.empty_like(c0), torch.empty_like(c0)
 
+    @torch.library.register_fake("rnn::mm")
+    def _(a, b):
+        return a.new_empty(a.shape[0], b.shape[1])
+
 
 def can_run(x):
     """Whether the operators serve this input now. Not inside torch.func's transforms (vmap, grad,
-    jvp) and forward mode, which they know nothing about, nor under autocast to 16 bits."""
-    return (x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
-            and not torch.is_autocast_enabled("cpu")
+    jvp) and forward mode, which they know nothing about."""
+    return (x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64, torch.bfloat16)
             and not torch._C._are_functorch_transforms_active()
             and torch.autograd.forward_ad._current_level < 0)
 
@@ -65,6 +68,9 @@ def lstm(x, h0, c0, w_ih, bias, w_hh, sizes, reverse, plain):
     -> h after every row's step, (N, H), and the state at the end, a tuple of (B, H). `plain`
     computes h and c, (N, H), from the first eight arguments with torch's own operators."""
     inputs = (x, h0, c0, w_ih, bias, w_hh)
+    if torch.is_autocast_enabled("cpu"):
+        inputs = tuple(t.to(torch.get_autocast_dtype("cpu")) for t in inputs)
+        x, h0, c0, w_ih, bias, w_hh = inputs
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
         h, c = FusedLSTM.apply(*inputs, sizes, reverse, plain)
         end = rows_at_the_end(c, sizes, reverse)
@@ -101,9 +107,10 @@ class FusedLSTM(torch.autograd.Function):
         da, dh0, dc0 = torch.ops.rnn.lstm_backward(dh, dc, gates, c, c0, w_hh, ctx.sizes,
                                                    ctx.reverse)  # (N, 4H), (B, H), (B, H)
         # Products of tall matrices are quickest with the narrow one of the two transposed.
-        dw_ih = (x.t() @ da).t()  # (4H, I)
-        dw_hh = (rows_before(h, h0, ctx.sizes, ctx.reverse).t() @ da).t()  # (4H, H)
-        dx = da @ w_ih if ctx.needs_input_grad[0] else None  # (N, I)
+        mm = torch.ops.rnn.mm
+        dw_ih = mm(x.t(), da).t()  # (4H, I)
+        dw_hh = mm(rows_before(h, h0, ctx.sizes, ctx.reverse).t(), da).t()  # (4H, H)
+        dx = mm(da, w_ih) if ctx.needs_input_grad[0] else None  # (N, I)
         return dx, dh0, dc0, dw_ih, da.sum(0), dw_hh, None, None, None
 
 

@@ -8,6 +8,7 @@ TORCH_LIBRARY(rnn, m) {
         "int[] sizes, bool reverse, bool save) -> (Tensor, Tensor, Tensor)");
   m.def("lstm_backward(Tensor dh, Tensor? dc, Tensor gates, Tensor c, Tensor c0, Tensor w_hh, "
         "int[] sizes, bool reverse) -> (Tensor, Tensor, Tensor)");
+  m.def("mm(Tensor a, Tensor b) -> Tensor");
 }
 
 // An empty Python module: importing it loads this library, which registers the operators. A

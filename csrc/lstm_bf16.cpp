@@ -9,6 +9,8 @@
 #include "team.h"
 #include "tiles.h"
 
+#include <atomic>
+
 #ifdef __AVX512BF16__
 namespace rnn {
 namespace {
@@ -23,6 +25,7 @@ template <typename T> struct Forward {
   float *sums, *c_now;  // (row tiles, unit tiles, 4, 16, 16); (B,H)
   int64_t B, I, H, R;  // R rows stand in a row tile
   bool amx;
+  std::atomic<bool>* nan;  // becomes true if a result is NaN
 };
 
 // Where the numbers from k on of row b stand; k a multiple of 16.
@@ -82,6 +85,7 @@ void forward(const Forward<T>& a, const std::vector<Step>& steps, const Share& m
   barrier();
   TileRegisters registers(a.amx, R);
   const int64_t next = round_up(H, 16) / 16 * 4 * kSums, u1 = std::min(H, mine.panel_end * 16);
+  __mmask16 nan = 0;
   for (size_t t = 0; t < steps.size(); ++t) {
     const Step& s = steps[t];
     const Bf16* before = a.rows[t % 2];
@@ -109,6 +113,7 @@ void forward(const Forward<T>& a, const std::vector<Step>& steps, const Share& m
           float* c_now = a.c_now + b * H + u;
           const Vec<float> c = gate[1] * (Vec<float>)get(c_now, n) + gate[0] * gate[2];
           const Floats h = (Floats)(gate[3] * tanh<float>(c));
+          nan |= _mm512_cmp_ps_mask(h, h, _CMP_UNORD_Q);
           put(c_now, (Floats)c, n);
           put_row<P>(at_row<P>(after, b / R, b % R, I + u, K), h);
           put(a.h + row * H + u, h, n);
@@ -118,6 +123,7 @@ void forward(const Forward<T>& a, const std::vector<Step>& steps, const Share& m
         }
     if (!mine.alone) barrier();
   }
+  if (nan) *a.nan = true;
 }
 
 // ---- Backward ----
@@ -130,6 +136,7 @@ template <typename T> struct Backward {
   const int64_t* first;  // (B): the row in which each sequence begins
   int64_t B, H, R;
   bool amx;
+  std::atomic<bool>* nan;
 };
 
 // Gate gradients stand in the order [unit / 16][gate][16], so that what is known of 16 units, and
@@ -167,6 +174,7 @@ void backward(const Backward<T>& a, const std::vector<Step>& steps, const Share&
       for (int64_t u = mine.panel * 32; u < u1; u += 16)
         body(b, u, _mm512_load_ps(a.sums + b / R * next + u * 16 + b % R * 16), b / R, b % R);
   };
+  __mmask16 nan = 0;
   for (size_t t = steps.size(); t-- > 0;) {
     const Step& s = steps[t];
     Bf16* after = a.rows[(t + 1) % 2];
@@ -175,8 +183,8 @@ void backward(const Backward<T>& a, const std::vector<Step>& steps, const Share&
       const int64_t row = s.row + b, n = H - u;
       const T* c_before = b < s.going ? a.c + (s.prev + b) * H : a.c0 + b * H;
       const T* gates = a.gates + row * 4 * H + u;
-      for (int j = 0; j < 4; ++j) __builtin_prefetch(gates + (4 + j) * H);
-      __builtin_prefetch(a.c + (row + 1) * H + u), __builtin_prefetch(c_before + H + u), __builtin_prefetch(a.dh + (row + 1) * H + u);
+      for (int64_t gate = 4; gate < 8; ++gate) __builtin_prefetch(gates + gate * H);  // next row
+      for (const T* p : {a.c + row * H, c_before, a.dh + row * H}) __builtin_prefetch(p + H + u);
       const Floats i = get(gates, n), f = get(gates + H, n);
       const Floats g = get(gates + 2 * H, n), o = get(gates + 3 * H, n);
       const Floats tanh_c = (Floats)tanh<float>((Vec<float>)get(a.c + row * H + u, n));
@@ -187,6 +195,8 @@ void backward(const Backward<T>& a, const std::vector<Step>& steps, const Share&
       put(a.dc_now + b * H + u, dc * f, n);
       const Floats da[4] = {dc * g * i * (1 - i), dc * c * f * (1 - f), dc * i * (1 - g * g),
                             dh * tanh_c * o * (1 - o)};
+      const Floats any = da[0] + da[1] + da[2] + da[3];
+      nan |= _mm512_cmp_ps_mask(any, any, _CMP_UNORD_Q);
       for (int64_t gate = 0; gate < 4; ++gate) {
         put_row<P>(at_row<P>(after, tile, r, place(u, gate), K), da[gate]);
         put(a.da + row * 4 * H + gate * H + u, da[gate], n);
@@ -194,6 +204,7 @@ void backward(const Backward<T>& a, const std::vector<Step>& steps, const Share&
     });
     if (!mine.alone) barrier();
   }
+  if (nan) *a.nan = true;
   // What each sequence's first step hands to h0.
   const int64_t b0 = mine.alone ? mine.row : a.B * mine.id / mine.count;
   const int64_t b1 = mine.alone ? mine.row_end : a.B * (mine.id + 1) / mine.count;
@@ -221,9 +232,9 @@ template <typename Body> void with_type(at::ScalarType type, const Body& body) {
 
 }  // namespace
 
-bool bf16_serves(at::ScalarType type, int64_t B, int64_t H) {
-  if (type == at::kBFloat16) return use_amx() || allowed("avx512_bf16");
-  return type == at::kFloat && use_amx() && B >= 16 && H >= 96;  // smaller: float32 is quicker
+bool bf16_serves(const at::TensorOptions& like, int64_t B, int64_t H) {
+  if (like.dtype() == at::kBFloat16) return use_amx() || allowed("avx512_bf16");
+  return like.dtype() == at::kFloat && use_amx() && B >= 16 && H >= 96;  // smaller: float32 is quicker
 }
 
 at::Tensor forward_bf16(const at::Tensor& x, const at::Tensor& w_ih, const at::Tensor& bias,
@@ -234,6 +245,7 @@ at::Tensor forward_bf16(const at::Tensor& x, const at::Tensor& w_ih, const at::T
   const int64_t K = round_up(I, 32) + round_up(H, 32), tiles = (B + R - 1) / R;
   const int64_t panels = (H + 15) / 16;
   auto c_now = c0.to(at::kFloat, false, true), bias_ = bias.to(at::kFloat);
+  std::atomic<bool> nan = false;
   const auto steps = walk(sizes, reverse);
   with_type(x.scalar_type(), [&](auto type) {
     using T = decltype(type);
@@ -244,7 +256,7 @@ at::Tensor forward_bf16(const at::Tensor& x, const at::Tensor& w_ih, const at::T
     at::Tensor rows[2] = {at::zeros({tiles, K / 32, P, kTile}, like), {}};
     Forward<T> a{data<T>(x), data<T>(w_ih), data<T>(w_hh), data<float>(bias_), data<T>(h),
                  data<T>(c), gates.size(0) ? data<T>(gates) : nullptr, data<Bf16>(columns),
-                 {data<Bf16>(rows[0]), nullptr}, data<float>(sums), data<float>(c_now), B, I, H, R, use_amx()};
+                 {data<Bf16>(rows[0]), nullptr}, data<float>(sums), data<float>(c_now), B, I, H, R, use_amx(), &nan};
     put_h0(a, data<T>(h0), a.rows[0]);
     rows[1] = rows[0].clone();
     a.rows[1] = data<Bf16>(rows[1]);
@@ -252,7 +264,7 @@ at::Tensor forward_bf16(const at::Tensor& x, const at::Tensor& w_ih, const at::T
       forward<T>(a, steps, mine);
     });
   });
-  return c_now;
+  return nan && x.scalar_type() == at::kFloat ? at::Tensor() : c_now;  // infinity has no parts
 }
 
 at::Tensor backward_bf16(const at::Tensor& dh, const at::Tensor& dc, const at::Tensor& gates,
@@ -261,6 +273,7 @@ at::Tensor backward_bf16(const at::Tensor& dh, const at::Tensor& dc, const at::T
   const int64_t B = c0.size(0), H = c0.size(1), R = tile_rows(B);
   const int64_t K = round_up(H, 16) * 4, tiles = (B + R - 1) / R, pairs = (H + 31) / 32;
   auto dc_now = at::zeros({B, H}, c0.options().dtype(at::kFloat));
+  std::atomic<bool> nan = false;
   const auto steps = walk(sizes, reverse);
   const auto first = first_rows(steps, B);
   with_type(dh.scalar_type(), [&](auto type) {
@@ -274,18 +287,18 @@ at::Tensor backward_bf16(const at::Tensor& dh, const at::Tensor& dc, const at::T
                   data<T>(c0), data<T>(w_hh), data<T>(da), data<T>(dh0), data<Bf16>(columns),
                   {data<Bf16>(rows), data<Bf16>(rows) + rows.numel() / 2}, data<float>(sums),
                   data<float>(dc_now),
-                  first.data(), B, H, R, use_amx()};
+                  first.data(), B, H, R, use_amx(), &nan};
     team(pairs, R, sizes, 8.0 * P * H * H, [&](const Share& mine) {
       backward<T>(a, steps, mine);
     });
   });
-  return dc_now;
+  return nan && dh.scalar_type() == at::kFloat ? at::Tensor() : dc_now;
 }
 
 }  // namespace rnn
 #else
 namespace rnn {
-bool bf16_serves(at::ScalarType, int64_t, int64_t) { return false; }
+bool bf16_serves(const at::TensorOptions&, int64_t, int64_t) { return false; }
 at::Tensor forward_bf16(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
                         const at::Tensor&, const at::Tensor&, at::IntArrayRef, bool, at::Tensor&,
                         at::Tensor&, at::Tensor&) { return {}; }

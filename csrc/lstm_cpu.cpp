@@ -178,6 +178,8 @@ void backward(const Backward<T>& a, const std::vector<Step>& steps, const Share&
 
 // ---- The operators ----
 
+bool is_bf16(const at::TensorOptions& like) { return like.dtype() == at::kBFloat16; }
+
 Three forward_cpu(const at::Tensor& x, const at::Tensor& w_ih, const at::Tensor& bias,
                   const at::Tensor& h0, const at::Tensor& c0, const at::Tensor& w_hh,
                   at::IntArrayRef sizes, bool reverse, bool save) {
@@ -190,14 +192,20 @@ Three forward_cpu(const at::Tensor& x, const at::Tensor& w_ih, const at::Tensor&
   check_matrix("h0", h0, w_hh, B, H), check_matrix("c0", c0, w_hh, B, H);
   check_sizes(sizes, B, N);
   const auto like = w_hh.options();
+  if (is_bf16(like) && !bf16_serves(like, B, H)) {  // a CPU without such products
+    auto [h, c, gates] = forward_cpu(x.to(at::kFloat), w_ih.to(at::kFloat), bias.to(at::kFloat),
+                                     h0.to(at::kFloat), c0.to(at::kFloat), w_hh.to(at::kFloat),
+                                     sizes, reverse, save);
+    return {h.to(at::kBFloat16), c.to(at::kBFloat16), gates.to(at::kBFloat16)};
+  }
   auto h = fresh({N, H}, like), c_now = c0.clone(at::MemoryFormat::Contiguous);
   auto c = save ? fresh({N, H}, like) : c_now, gates = fresh({save ? N : 0, 4 * H}, like);
   if (N == 0) return {h, c, gates};
   const auto x_ = x.contiguous(), w_ih_ = w_ih.contiguous(), bias_ = bias.contiguous();
   const auto w_hh_ = w_hh.contiguous();
-  if (bf16_serves(w_hh.scalar_type(), B, H)) {
+  if (bf16_serves(like, B, H)) {
     auto end = forward_bf16(x_, w_ih_, bias_, h0.contiguous(), c0, w_hh_, sizes, reverse, h, c, gates);
-    return {h, save ? c : end.to(w_hh.scalar_type()), gates};
+    if (end.defined()) return {h, save ? c : end.to(like.dtype()), gates};
   }
   AT_DISPATCH_FLOATING_TYPES(w_hh.scalar_type(), "lstm_forward", [&] {
     using T = scalar_t;
@@ -230,14 +238,22 @@ Three backward_cpu(const at::Tensor& dh, const std::optional<at::Tensor>& dc,
   if (dc) check_matrix("dc", *dc, w_hh, N, H);
   check_sizes(sizes, B, N);
   const auto like = w_hh.options();
+  if (is_bf16(like) && !bf16_serves(like, B, H)) {
+    std::optional<at::Tensor> dc_;
+    if (dc) dc_ = dc->to(at::kFloat);
+    auto [da, dh0, dc0] = backward_cpu(dh.to(at::kFloat), dc_, gates.to(at::kFloat),
+                                       c.to(at::kFloat), c0.to(at::kFloat), w_hh.to(at::kFloat),
+                                       sizes, reverse);
+    return {da.to(at::kBFloat16), dh0.to(at::kBFloat16), dc0.to(at::kBFloat16)};
+  }
   auto da = fresh({N, 4 * H}, like), dh0 = at::zeros({B, H}, like), dc0 = at::zeros({B, H}, like);
   if (N == 0) return {da, dh0, dc0};
   const auto dh_ = dh.contiguous(), gates_ = gates.contiguous(), c_ = c.contiguous();
   const auto c0_ = c0.contiguous(), w_hh_ = w_hh.contiguous();
   const auto dc_ = dc ? dc->contiguous() : at::Tensor();
-  if (bf16_serves(w_hh.scalar_type(), B, H)) {
-    dc0 = backward_bf16(dh_, dc_, gates_, c_, c0_, w_hh_, sizes, reverse, da, dh0);
-    return {da, dh0, dc0.to(w_hh.scalar_type())};
+  if (bf16_serves(like, B, H)) {
+    auto dc_now = backward_bf16(dh_, dc_, gates_, c_, c0_, w_hh_, sizes, reverse, da, dh0);
+    if (dc_now.defined()) return {da, dh0, dc_now.to(like.dtype())};
   }
   AT_DISPATCH_FLOATING_TYPES(w_hh.scalar_type(), "lstm_backward", [&] {
     using T = scalar_t;

@@ -32,8 +32,19 @@ struct Share {
   bool alone;
 };
 
-// Runs body(share) on a team of threads. It may be smaller than asked for, and is one thread
-// without OpenMP: shares follow its true size. Inside another parallel region, one thread.
+// Runs body(id, count) on a team of at most `most` threads. It may be smaller than asked for, and is
+// one thread without OpenMP: shares follow its true size. Inside another parallel region, one thread.
+template <typename Body> void team_of(int64_t most, const Body& body) {
+#ifdef _OPENMP
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+#pragma omp parallel num_threads(std::max<int64_t>(1, std::min(threads, most)))
+  body(omp_get_thread_num(), omp_get_num_threads());
+#else
+  body(0, 1);
+#endif
+}
+
+// Runs body(share) on a team.
 template <typename Body>
 void team(int64_t panels, int64_t tile, at::IntArrayRef sizes, double weight_bytes,
           const Body& body) {
@@ -47,15 +58,9 @@ void team(int64_t panels, int64_t tile, at::IntArrayRef sizes, double weight_byt
                    panels, p0, p1, id, count, true};
     return Share{0, B, p0, p1, p0, p1, id, count, false};
   };
-#ifdef _OPENMP
-  int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  threads = std::max<int64_t>(1, std::min(threads, panels));
-  if (B * weight_bytes < 2e5) threads = 1;  // a step would take less time than the barrier
-#pragma omp parallel num_threads(threads)
-  body(share(omp_get_thread_num(), omp_get_num_threads()));
-#else
-  body(share(0, 1));
-#endif
+  // One thread if a step would take less time than the barrier.
+  team_of(B * weight_bytes < 2e5 ? 1 : panels,
+          [&](int64_t id, int64_t count) { body(share(id, count)); });
 }
 
 struct Step {

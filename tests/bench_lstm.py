@@ -54,7 +54,7 @@ def ratio(slow, fast):
     return statistics.median(a / b for a, b in zip(slow, fast))
 
 
-def setup(shape, work, check=True):
+def setup(shape, work, dtype=torch.float32, check=True):
     """The three rivals as functions without arguments, and the arithmetic of one call in flop."""
     B, T, I, H = shape
     torch.manual_seed(0)
@@ -75,19 +75,23 @@ def setup(shape, work, check=True):
         rows = int(lengths.sum())
         x = pack_padded_sequence(x, lengths, enforce_sorted=False)
     data = (x.data if work == "packed" else x).requires_grad_(work != "infer")
+    autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
+    close = 1e-4 if dtype == torch.float32 else 3e-2  # of the largest
     weight = torch.randn(rows, H).view(*data.shape[:-1], H)
 
     def step(layer):
         def run():
             data.grad = None
             layer.zero_grad()
-            output = layer(x)[0]
-            (output.data if work == "packed" else output).backward(weight)
+            with autocast:
+                output = layer(x)[0]
+            output = output.data if work == "packed" else output
+            output.backward(weight.to(output.dtype))
         return run
 
     def infer(layer):
         def run():
-            with torch.no_grad():
+            with torch.no_grad(), autocast:
                 layer(x)
         return run
 
@@ -95,14 +99,16 @@ def setup(shape, work, check=True):
     gradients = []
     for layer in layers if check else []:
         if work == "infer":
-            gradients.append([layer(x)[0]])
+            with autocast:
+                gradients.append([layer(x)[0]])
         else:
             step(layer)()
             gradients.append([data.grad, *(p.grad for p in layer.parameters())])
     for other in gradients[1:]:
         for a, b in zip(gradients[0], other):
             largest = float(b.detach().abs().max())
-            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * largest + 1e-6)
+            torch.testing.assert_close(a.float(), b.float(), rtol=10 * close,
+                                       atol=close * largest + 1e-6)
     flop = 8 * rows * H * (I + H) * (1 if work == "infer" else 3)
     return [(infer if work == "infer" else step)(layer) for layer in layers], flop
 
@@ -132,6 +138,8 @@ def main():
     parser.add_argument("--work", nargs="+", default=["train", "infer", "packed"])
     parser.add_argument("--shapes", type=int, nargs="+", default=range(len(SHAPES)))
     parser.add_argument("--seconds", type=float, default=4.0, help="for each line of the table")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"],
+                        help="bfloat16: under autocast")
     parser.add_argument("--no-plain", action="store_true")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--peak", type=int, nargs=2, help=argparse.SUPPRESS)
@@ -145,11 +153,11 @@ def main():
     for threads in args.threads:
         torch.set_num_threads(threads)
         for work in args.work:
-            print(f"\n{work}, float32, {threads} threads\n    B    T    I    H   fused ms  nn.LSTM/"
+            print(f"\n{work}, {args.dtype}, {threads} threads\n    B    T    I    H   fused ms  nn.LSTM/"
                   "fused  plain/fused   roof", flush=True)
             over_nn, over_plain = [], []
             for k in args.shapes:
-                functions, flop = setup(SHAPES[k], work)
+                functions, flop = setup(SHAPES[k], work, getattr(torch, args.dtype))
                 if args.no_plain:
                     functions = functions[:2]
                 gemm = interleaved([lambda: a @ a], 0.3)[0]
