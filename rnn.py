@@ -288,6 +288,9 @@ class RNNBase(nn.Module):
                 traces.append({name: undo(rows) for name, rows in steps.items()})
             x = torch.cat(outputs, dim=-1) if self.bidirectional else outputs[0]
         state = tuple(torch.stack(s) for s in zip(*ends))  # (layers * directions, B, H) each
+        if self.states == 2 and torch.is_autocast_enabled(x.device.type):  # as torch.nn.LSTM
+            low = torch.get_autocast_dtype(x.device.type)
+            x, state = x.to(low), tuple(s.to(low) for s in state)
         if not isinstance(input, PackedSequence):
             state = tuple(s[:, 0] if input.dim() == 2 else s for s in state)
         elif input.unsorted_indices is not None:

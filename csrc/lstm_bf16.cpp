@@ -159,27 +159,26 @@ void backward(const Backward<T>& a, const std::vector<Step>& steps, const Share&
   barrier();
   TileRegisters registers(a.amx, R);
   const int64_t u1 = std::min(H, mine.panel_end * 32);
-  // da' W_hh for rows up to row_end and this thread's units, tile by tile, (row tiles, unit tiles,
-  // 16, 16); then body(b, u, sums of 16 units, r: b's place in row tile `tile`), along the rows: so
-  // memory is read and written as one stream.
-  auto for_units = [&](const Bf16* rows, int64_t row_end, auto&& body) {
-    const int64_t units = round_up(H, 32) / 16, next = units * kSums;
+  const int64_t units = round_up(H, 32) / 16, next = units * kSums;
+  auto products = [&](const Bf16* rows, int64_t row_end) {  // sums, for the rows up to row_end
     for (int64_t q = mine.panel; q < mine.panel_end; ++q)
-      for (int64_t b0 = mine.row; b0 < row_end; b0 += 2 * R) {
-        const Bf16 *at = rows + b0 / R * row_tile, *columns = a.columns + q * pair;
-        product<P>(a.amx, b0 + R < row_end, at, row_tile, columns, K / 32,
+      for (int64_t b0 = mine.row; b0 < row_end; b0 += 2 * R)
+        product<P>(a.amx, b0 + R < row_end, rows + b0 / R * row_tile, row_tile,
+                   a.columns + q * pair, K / 32,
                    {a.sums + b0 / R * next + q * 2 * kSums, 16, kSums, next});
-      }
-    for (int64_t b = mine.row; b < row_end; ++b)
-      for (int64_t u = mine.panel * 32; u < u1; u += 16)
-        body(b, u, _mm512_load_ps(a.sums + b / R * next + u * 16 + b % R * 16), b / R, b % R);
+  };
+  auto sum_at = [&](int64_t b, int64_t u) {
+    return _mm512_load_ps(a.sums + b / R * next + u / 16 * kSums + b % R * 16);
   };
   __mmask16 nan = 0;
   for (size_t t = steps.size(); t-- > 0;) {
     const Step& s = steps[t];
     Bf16* after = a.rows[(t + 1) % 2];
-    for_units(a.rows[t % 2], std::min(mine.row_end, s.rows),
-              [&](int64_t b, int64_t u, Floats sum, int64_t tile, int64_t r) {
+    const int64_t row_end = std::min(mine.row_end, s.rows);
+    const int64_t later = t + 1 < steps.size() ? steps[t + 1].going : 0;  // rows that have a da'
+    products(a.rows[t % 2], std::min(row_end, later));
+    for (int64_t b = mine.row; b < row_end; ++b)
+    for (int64_t u = mine.panel * 32; u < u1; u += 16) {
       const int64_t row = s.row + b, n = H - u;
       const T* c_before = b < s.going ? a.c + (s.prev + b) * H : a.c0 + b * H;
       const T* gates = a.gates + row * 4 * H + u;
@@ -189,7 +188,7 @@ void backward(const Backward<T>& a, const std::vector<Step>& steps, const Share&
       const Floats g = get(gates + 2 * H, n), o = get(gates + 3 * H, n);
       const Floats tanh_c = (Floats)tanh<float>((Vec<float>)get(a.c + row * H + u, n));
       const Floats c = get(c_before + u, n);
-      const Floats dh = get(a.dh + row * H + u, n) + sum;
+      const Floats dh = get(a.dh + row * H + u, n) + (b < later ? sum_at(b, u) : Floats{});
       Floats dc = get(a.dc_now + b * H + u, n) + dh * o * (1 - tanh_c * tanh_c);
       if (a.dc) dc += get(a.dc + row * H + u, n);
       put(a.dc_now + b * H + u, dc * f, n);
@@ -198,10 +197,10 @@ void backward(const Backward<T>& a, const std::vector<Step>& steps, const Share&
       const Floats any = da[0] + da[1] + da[2] + da[3];
       nan |= _mm512_cmp_ps_mask(any, any, _CMP_UNORD_Q);
       for (int64_t gate = 0; gate < 4; ++gate) {
-        put_row<P>(at_row<P>(after, tile, r, place(u, gate), K), da[gate]);
+        put_row<P>(at_row<P>(after, b / R, b % R, place(u, gate), K), da[gate]);
         put(a.da + row * 4 * H + gate * H + u, da[gate], n);
       }
-    });
+    }
     if (!mine.alone) barrier();
   }
   if (nan) *a.nan = true;
@@ -214,9 +213,10 @@ void backward(const Backward<T>& a, const std::vector<Step>& steps, const Share&
         put_row<P>(at_row<P>(a.rows[0], b / R, b % R, place(u, gate), K),
                      get(a.da + (a.first[b] * 4 + gate) * H + u, H - u));
   barrier();
-  for_units(a.rows[0], mine.row_end, [&](int64_t b, int64_t u, Floats sum, int64_t, int64_t) {
-    put(a.dh0 + b * H + u, sum, H - u);
-  });
+  products(a.rows[0], mine.row_end);
+  for (int64_t b = mine.row; b < mine.row_end; ++b)
+    for (int64_t u = mine.panel * 32; u < u1; u += 16)
+      put(a.dh0 + b * H + u, sum_at(b, u), H - u);
 }
 
 int64_t tile_rows(int64_t B) {  // equal row tiles of at most 16: 50 = 13 + 13 + 13 + 11

@@ -111,7 +111,7 @@ template <typename T> struct Backward {
   T *da, *dh0, *dc0;                         // (N,4H), (B,H), (B,H); dc0 carries dc' * f'
   Vec<T>* panels;                            // (panels, 4H, 2) vectors of L units
   Vec<T>* sums;                              // (panels, B, 2): da' W_hh
-  T* da_now;                                 // (2, B, padded 4H) by turns, at first zero
+  T* da_now;                                 // (2, B, padded 4H) by turns
   const int64_t* first;                      // (B): the row in which each sequence begins
   int64_t B, H;
 };
@@ -133,11 +133,12 @@ void backward(const Backward<T>& a, const std::vector<Step>& steps, const Share&
   for (size_t t = steps.size(); t-- > 0;) {
     const Step& s = steps[t];
     const int64_t row_end = std::min(mine.row_end, s.rows);
-    const T* before = a.da_now + t % 2 * B * wide;  // every row's da', zero if there is none
+    const int64_t later = t + 1 < steps.size() ? steps[t + 1].going : 0;  // rows that have a da'
+    const T* before = a.da_now + t % 2 * B * wide;
     T* after = a.da_now + (t + 1) % 2 * B * wide;
     for (int64_t k = 0; k < 4 * H; k += kBlock)  // a block of da' stays near for all panels
       for (int64_t p = mine.panel; p < mine.panel_end; ++p)
-        for_tiles(mine.row, row_end, kRows, [&](int64_t b0, int64_t b1) {
+        for_tiles(mine.row, std::min(row_end, later), kRows, [&](int64_t b0, int64_t b1) {
           Vec<T>* sum = a.sums + (p * B + b0) * 2;
           if (k == 0) std::fill(sum, sum + (b1 - b0) * 2, Vec<T>{});
           product<T, 2>(b1 - b0, before + b0 * wide + k, wide, a.panels + (p * 4 * H + k) * 2,
@@ -152,7 +153,7 @@ void backward(const Backward<T>& a, const std::vector<Step>& steps, const Share&
         const Vec<T> i = load(gates, n), f = load(gates + H, n);
         const Vec<T> g = load(gates + 2 * H, n), o = load(gates + 3 * H, n);
         const Vec<T> tanh_c = tanh<T>(load(a.c + row * H + u, n)), c = load(c_before + u, n);
-        const Vec<T> sum = a.sums[(u / (2 * L) * B + b) * 2 + u / L % 2];
+        const Vec<T> sum = b < later ? a.sums[(u / (2 * L) * B + b) * 2 + u / L % 2] : Vec<T>{};
         const Vec<T> dh = load(a.dh + row * H + u, n) + sum;
         Vec<T> dc = load(a.dc0 + b * H + u, n) + dh * o * (1 - tanh_c * tanh_c);
         if (a.dc) dc += load(a.dc + row * H + u, n);
@@ -260,7 +261,7 @@ Three backward_cpu(const at::Tensor& dh, const std::optional<at::Tensor>& dc,
     const int64_t panels = (H + 2 * kLanes<T> - 1) / (2 * kLanes<T>);
     auto packed = fresh({panels, 4 * H, 2 * kLanes<T>}, like);
     auto sums = fresh({panels, B, 2 * kLanes<T>}, like);
-    auto da_now = at::zeros({2, B, padded<T>(4 * H)}, like);
+    auto da_now = fresh({2, B, padded<T>(4 * H)}, like);
     const auto steps = walk(sizes, reverse);
     const auto first = first_rows(steps, B);
     Backward<T> a{dh_.const_data_ptr<T>(), dc ? dc_.const_data_ptr<T>() : nullptr,

@@ -146,32 +146,30 @@ void product_amx(const Bf16* rows, int64_t next, const Bf16* columns, int64_t bl
     _tile_zero(2);
     _tile_zero(3);
   }
-  auto load_rows = [&](int p) {
-    _tile_loadd(4, rows + p * kTile, 64);
+  // A tile register is loaded anew as soon as its last product is under way, so products with the
+  // one to be loaded next come first. (GCC wants the registers' numbers as literals.)
+  auto rows_0 = [&](int p) { _tile_loadd(4, rows + p * kTile, 64); };
+  auto rows_1 = [&](int p) {
     if constexpr (R == 2) _tile_loadd(5, rows + next + p * kTile, 64);
   };
-  auto load_columns = [&](int p) {
-    _tile_loadd(6, columns + 2 * p * kTile, 64);
-    _tile_loadd(7, columns + (2 * p + 1) * kTile, 64);
+  auto columns_0 = [&](int p) { _tile_loadd(6, columns + 2 * p * kTile, 64); };
+  auto columns_1 = [&](int p) { _tile_loadd(7, columns + (2 * p + 1) * kTile, 64); };
+  auto m00 = [] { _tile_dpbf16ps(0, 4, 6); };
+  auto m01 = [] { _tile_dpbf16ps(1, 4, 7); };
+  auto m10 = [] {
+    if constexpr (R == 2) _tile_dpbf16ps(2, 5, 6);
   };
-  auto multiply = [] {
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    if constexpr (R == 1) return;
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+  auto m11 = [] {
+    if constexpr (R == 2) _tile_dpbf16ps(3, 5, 7);
   };
+  auto then_rows = [&](int p) { m00(), m01(), rows_0(p), m10(), m11(), rows_1(p); };
+  auto then_columns = [&](int p) { m00(), m10(), columns_0(p), m01(), m11(), columns_1(p); };
   for (int64_t k = 0; k < blocks; ++k, rows += P * kTile, columns += 2 * P * kTile) {
-    if constexpr (P == 3) {  // from one product to the next only one operand changes
-      load_rows(0), load_columns(2), multiply();
-      load_columns(1), multiply();
-      load_rows(1), multiply();
-      load_columns(0), multiply();
-      load_rows(2), multiply();
-      load_rows(0), multiply();
-    } else {
-      load_rows(0), load_columns(0), multiply();
+    rows_0(0), columns_0(P - 1), columns_1(P - 1), rows_1(0);
+    if constexpr (P == 3) {  // v0w2, v0w1, v1w1, v1w0, v2w0, v0w0
+      then_columns(1), then_rows(1), then_columns(0), then_rows(2), then_rows(0);
     }
+    m00(), m01(), m10(), m11();
   }
   _tile_stored(0, sums.at, bytes);
   _tile_stored(1, sums.at + sums.right, bytes);

@@ -67,7 +67,7 @@ def test_gradcheck(shape, reverse):
 
 @pytest.mark.parametrize("reverse", REVERSE)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_opcheck(shape, reverse, dtype):
     x, h0, c0, w_ih, bias, w_hh = (t.detach() for t in tensors(*shape, dtype=dtype))
     forward, backward = torch.ops.rnn.lstm_forward, torch.ops.rnn.lstm_backward
@@ -99,8 +99,9 @@ def test_backward_twice_gives_the_same():
 
 
 @pytest.mark.parametrize("B,I,H,sizes", [
-    (32, 7, 40, [32] * 5), (3, 64, 300, [3] * 6), (33, 5, 257, [33, 30, 7, 1])], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    (32, 7, 40, [32] * 5), (3, 64, 300, [3] * 6), (33, 5, 257, [33, 30, 7, 1]),
+    (64, 9, 128, [64] * 3)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_same_bits_from_run_to_run_and_for_any_number_of_threads(B, I, H, sizes, dtype):
     inputs = tensors(B, I, H, sizes, dtype)
     x, h0, c0, w_ih, bias, w_hh = (t.detach() for t in inputs)
@@ -235,11 +236,121 @@ def test_torch_func_takes_the_plain_path():
     torch.testing.assert_close(tangent, expected.sum())
 
 
-def test_autocast_and_other_types_take_the_plain_path():
+def test_other_types_take_the_plain_path():
     layer, x = small_layer()
-    with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(layer(x)[0].float(), layer(x.float())[0], atol=0.02, rtol=0)
-    assert layer.bfloat16()(x.bfloat16())[0].dtype == torch.bfloat16
+    assert not rnn.fused.can_run(x.half())
+    assert layer.half()(x.half())[0].dtype == torch.float16
+
+
+# ---- products of bfloat16 tiles: float32 in three parts, and bfloat16 ----
+
+# with full and cut tiles, full and cut pairs of tiles, of rows and of units; equal steps and packed
+TILES = [(16, 32, 96, [16, 16]), (17, 33, 97, [17, 17, 16, 3]), (33, 40, 130, [33, 33, 33]),
+         (50, 65, 128, [50, 50, 31, 31, 1]), (64, 7, 257, [64, 64])]
+
+
+@pytest.fixture(params=["amx", "avx512_bf16", "float32"])
+def cpu(request, monkeypatch):
+    """The most that the products may use; a CPU without it takes the next best."""
+    monkeypatch.setenv("RNN_CPU", request.param)
+    return request.param
+
+
+def root_mean_square(tensors):
+    return [float(t.detach().double().square().mean().sqrt()) for t in tensors]
+
+
+@pytest.mark.parametrize("reverse", REVERSE)
+@pytest.mark.parametrize("shape", TILES, ids=str)
+def test_float32_keeps_its_precision(shape, reverse, cpu):
+    sizes = shape[-1]
+    inputs = tensors(*shape, dtype=torch.float32)
+    exact_inputs = [t.detach().double().requires_grad_() for t in inputs]
+    errors = []
+    for run in (fused, plain):
+        results = []
+        for values, how in ((inputs, run), (exact_inputs, plain)):
+            h, c = how(values, sizes, reverse)
+            weight = torch.linspace(-1, 1, h.numel(), dtype=h.dtype).view_as(h)
+            results.append([h, c, *torch.autograd.grad([(h * weight).sum() + c.sum()], values)])
+        errors.append(root_mean_square([a.double() - b for a, b in zip(*results)]))
+    for ours, torchs, exact in zip(*errors, root_mean_square(results[1])):
+        assert ours <= 1.5 * torchs + 1e-8 * exact
+
+
+@pytest.mark.parametrize("reverse", REVERSE)
+@pytest.mark.parametrize("shape", [*SHAPES, *TILES], ids=str)
+def test_bfloat16_is_exact_but_for_its_rounding(shape, reverse, cpu):
+    sizes = shape[-1]
+    scale = (1, 1, 1, *[shape[2] ** -0.5] * 3)  # as layers have; wilder ones magnify every rounding
+    inputs = [(t.detach() * k).requires_grad_()
+              for t, k in zip(tensors(*shape, dtype=torch.bfloat16), scale)]
+    exact_inputs = [t.detach().double().requires_grad_() for t in inputs]
+    results = []
+    for values, how in ((inputs, fused), (exact_inputs, plain)):
+        h, c = how(values, sizes, reverse)
+        weight = torch.linspace(-1, 1, h.numel(), dtype=h.dtype).view_as(h)
+        results.append([h, c, *torch.autograd.grad([(h * weight).sum() + c.sum()], values)])
+    eps = 2**-8  # of one rounding; several meet in each result
+    for ours, exact in zip(*results):
+        assert ours.dtype == torch.bfloat16
+        error, size = root_mean_square([ours.double() - exact, exact])
+        assert error <= 3 * eps * size + 1e-6
+
+
+@pytest.mark.parametrize("B,T,I,H", [(32, 20, 24, 64), (16, 30, 64, 128), (3, 40, 10, 33)])
+def test_autocast_is_no_further_from_the_truth_than_torch(B, T, I, H, cpu):
+    theirs, ours = nn.LSTM(I, H, 2), rnn.LSTM(I, H, 2)
+    ours.load_state_dict(theirs.state_dict())
+    exact = nn.LSTM(I, H, 2).double()
+    exact.load_state_dict(theirs.state_dict())
+    x, weight = torch.randn(T, B, I), torch.randn(T, B, H)
+    results = []
+    for layer, dtype in ((ours, torch.float32), (theirs, torch.float32), (exact, torch.float64)):
+        input = x.to(dtype, copy=True).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=layer is not exact):
+            y = layer(input)[0]
+        y.backward(weight.to(y.dtype))
+        results.append([y, input.grad, *(p.grad for p in layer.parameters())])
+    errors = [root_mean_square([a.double() - b for a, b in zip(r, results[2])]) for r in results]
+    for ours, torchs in zip(*errors[:2]):
+        assert ours <= 1.1 * torchs
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan"), 3.4e38])
+@pytest.mark.parametrize("where", ["x", "h0", "c0", "w_ih", "bias", "w_hh"])
+def test_infinity_goes_where_it_goes_in_torch(where, value):
+    B, I, H, T = 32, 16, 96, 3
+    theirs = nn.LSTM(I, H)
+    x, h0, c0 = torch.randn(T, B, I), torch.randn(1, B, H), torch.randn(1, B, H)
+    {"x": x[1], "h0": h0[0], "c0": c0[0], "w_ih": theirs.weight_ih_l0.data,
+     "bias": theirs.bias_ih_l0.data[None], "w_hh": theirs.weight_hh_l0.data}[where][0, 5] = value
+    ours = rnn.LSTM(I, H)
+    ours.load_state_dict(theirs.state_dict())
+    results = []
+    for layer in (ours, theirs):
+        input = x.clone().requires_grad_()
+        y, state = layer(input, (h0, c0))
+        y.square().sum().backward()
+        results.append([y, *state, torch.isfinite(input.grad)])
+    torch.testing.assert_close(*results, equal_nan=True, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("M,K,C", [(2, 3, 4), (300, 1111, 333), (333, 1111, 300), (64, 4096, 512)])
+def test_mm_is_torchs_mm(M, K, C, transposed):
+    a = torch.randn(K, M).t() if transposed else torch.randn(M, K)
+    b, mm = torch.randn(K, C), torch.ops.rnn.mm
+    exact = a.double() @ b.double()
+    ours, torchs = root_mean_square([mm(a, b) - exact, a @ b - exact])
+    assert ours <= 1.5 * torchs
+    torch.testing.assert_close(mm(a.double(), b.double()), exact)
+    assert torch.equal(mm(a.bfloat16(), b.bfloat16()), a.bfloat16() @ b.bfloat16())
+    a[0, 0] = float("inf")
+    assert torch.equal(mm(a, b).isinf(), (a @ b).isinf())
+    torch.library.opcheck(mm, (a, b))
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        mm(a, b[1:])
 
 
 # ---- wrong arguments, straight to the operators ----
@@ -264,7 +375,7 @@ def operator_arguments(**changes):
     ({"c0": lambda c: c[:2]}, r"c0 must be \(3, 4\), got \[2, 4\]"),
     ({"w_hh": lambda w: w[:8]}, r"w_hh must be \(4H, H\), got \[8, 4\]"),
     ({"w_hh": lambda w: w[:0, :0]}, r"w_hh must be \(4H, H\)"),
-    ({"w_hh": lambda w: w.long()}, "float32 or float64 expected, got Long"),
+    ({"w_hh": lambda w: w.long()}, "float32, float64 or bfloat16 expected, got Long"),
     ({"sizes": lambda s: []}, "must begin with the number of sequences, 3"),
     ({"sizes": lambda s: [2, 3]}, "must begin with the number of sequences, 3"),
     ({"sizes": lambda s: [3, 3]}, "more than the 5 rows"),

@@ -385,12 +385,17 @@ def test_initialize():
         torch.testing.assert_close(block.T @ block, torch.eye(3), rtol=0, atol=1e-5)
 
 
-def test_autocast_runs_and_stays_close():
-    layer = rnn.LSTM(I, H, 2)
+@pytest.mark.parametrize("kind", ["rnn_tanh", "gru", "lstm"])
+def test_autocast_stays_close_and_has_the_types_of_torch(kind, path):
+    name, further = KINDS[kind]
+    ours, theirs = (getattr(m, name)(I, H, 2, **further) for m in (rnn, nn))
+    ours.load_state_dict(theirs.state_dict())
     x = torch.randn(T, B, I)
     with torch.autocast("cpu", torch.bfloat16):
-        low = layer(x)[0]
-    torch.testing.assert_close(low.float(), layer(x)[0], rtol=0, atol=0.02)  # bfloat16: 3 digits
+        (y, state), (y2, state2) = ours(x), theirs(x)
+    assert y.dtype == y2.dtype
+    assert [s.dtype for s in state] == [s.dtype for s in state2]
+    torch.testing.assert_close(y.float(), ours(x)[0], rtol=0, atol=0.02)  # bfloat16: 3 digits
 
 
 def test_layers_make_no_warnings():
