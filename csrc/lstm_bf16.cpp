@@ -1,10 +1,10 @@
 // The operators of lstm.h through products of bfloat16 tiles: see tiles.h.
 //
-// In each step, first all products that are this thread's share, then the nonlinearities, row by
-// row, so that memory is read and written as streams. Operands: the rows are what varies with time,
-// [x[t] h'] forward and da' backward, in two buffers by turns: one to be read, one written for the
-// next step. The columns are [W_ih W_hh]^T and W_hh. The cell state and its gradient are float32
-// from step to step for both types.
+// In each step, first all products of this thread's share, then the nonlinearities, row by row, so
+// that memory is read and written as streams. Operands: the rows are what varies with time,
+// [x[t] h'] forward and da' backward, in two buffers by turns: one is read, one written for the
+// next step. The columns are [W_ih W_hh]^T and W_hh. From step to step the cell state and its
+// gradient are float32, for both types of tensors.
 #include "lstm.h"
 #include "team.h"
 #include "tiles.h"
@@ -15,52 +15,45 @@
 namespace rnn {
 namespace {
 
-// ---- Forward ----
-
-template <typename T> struct Forward {
-  const T *x, *w_ih, *w_hh;  // as in lstm.h
-  const float* bias;
-  T *h, *c, *gates;  // (N,H), (N,H), (N,4H); gates null: no c either
-  Bf16 *columns, *rows[2];
-  float *sums, *c_now;  // (row tiles, unit tiles, 4, 16, 16); (B,H)
-  int64_t B, I, H, R;  // R rows stand in a row tile
-  bool amx;
-  std::atomic<bool>* nan;  // becomes true if a result is NaN
-};
-
-// Where the numbers from k on of row b stand; k a multiple of 16.
+// Where the numbers from k on of row r of a row tile stand; k a multiple of 16, of K.
 template <int P> inline Bf16* at_row(Bf16* rows, int64_t tile, int64_t r, int64_t k, int64_t K) {
   return rows + (tile * (K / 32) + k / 32) * P * kTile + r * 32 + k % 32;
 }
 
-template <typename T> void put_x(const Forward<T>& a, const Step& s, int64_t b0, int64_t b1,
-                                 Bf16* rows) {
+inline __mmask16 is_nan(Floats v) { return _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q); }
+
+// ---- Forward ----
+
+template <typename T> struct Forward {
+  const T *x, *w_ih, *h0, *w_hh;  // as in lstm.h
+  const float* bias;
+  T *h, *c, *gates;         // (N,H), (N,H), (N,4H); gates null: no c either
+  Bf16 *columns, *rows[2];  // the operands
+  float *sums, *c_now;      // (row tiles, unit tiles, 4 gates, 16, 16); (B,H)
+  int64_t B, I, H, R;       // R rows stand in a row tile
+  bool amx;
+  std::atomic<bool>* nan;  // becomes true if a result is NaN
+};
+
+template <typename T>
+void put_x(const Forward<T>& a, const Step& s, int64_t b0, int64_t b1, Bf16* rows, int64_t K) {
   constexpr int P = kParts<T>;
-  const int64_t K = round_up(a.I, 32) + round_up(a.H, 32);
-  for (int64_t b = b0; b < b1; ++b)
+  for (int64_t b = b0; b < std::min(b1, s.rows); ++b)
     for (int64_t k = 0; k < a.I; k += 16)
       put_row<P>(at_row<P>(rows, b / a.R, b % a.R, k, K),
-                   get(a.x + (s.row + b) * a.I + k, a.I - k));
+                 get(a.x + (s.row + b) * a.I + k, a.I - k));
 }
 
-template <typename T> void put_h0(const Forward<T>& a, const T* h0, Bf16* rows) {
-  constexpr int P = kParts<T>;
-  const int64_t I = round_up(a.I, 32), K = I + round_up(a.H, 32);
-  for (int64_t b = 0; b < a.B; ++b)
-    for (int64_t k = 0; k < a.H; k += 16)
-      put_row<P>(at_row<P>(rows, b / a.R, b % a.R, I + k, K), get(h0 + b * a.H + k, a.H - k));
-}
-
-// Rows row .. row + 16 of w (.., K), of which `rows` exist, are columns: 32 numbers of each, from k.
-template <typename T> void put_weights(const T* w, int64_t row, int64_t rows, int64_t K, int64_t k,
-                                       Bf16* to) {
+// Rows row .. row + 16 of w (.., K), if so many exist, are columns: 32 numbers of each, from k on.
+template <typename T>
+void put_weights(const T* w, int64_t row, int64_t exist, int64_t K, int64_t k, Bf16* to) {
   constexpr int P = kParts<T>;
   for (int64_t r = 0; r < 16; ++r) {
-    const int64_t n = r < rows ? K - k : 0;
+    const int64_t n = r < exist ? K - k : 0;
     __m256i low[P], high[P];
     split<P>(get(w + (row + r) * K + k, n), low);
     split<P>(get(w + (row + r) * K + k + 16, n - 16), high);
-    for (int p = 0; p < P; ++p)  // 16 pairs
+    for (int p = 0; p < P; ++p)
       put_across(to + p * 2 * kTile + r * 2,
                  _mm512_inserti64x4(_mm512_castsi256_si512(low[p]), high[p], 1));
   }
@@ -70,7 +63,8 @@ template <typename T>
 void forward(const Forward<T>& a, const std::vector<Step>& steps, const Share& mine) {
   constexpr int P = kParts<T>;
   const int64_t I = round_up(a.I, 32), H = a.H, K = I + round_up(H, 32), R = a.R;
-  const int64_t pair = K / 32 * P * 2 * kTile, row_tile = K / 32 * P * kTile;
+  const int64_t row_tile = K / 32 * P * kTile, pair = 2 * row_tile;
+  const int64_t next = (H + 15) / 16 * 4 * kSums;  // sums of a row tile
   for (int64_t u = mine.pack * 16; u < std::min(mine.pack_end * 16, H); u += 16)
     for (int64_t gate = 0; gate < 4; ++gate) {
       Bf16* to = a.columns + (u / 16 * 2 + gate / 2) * pair + gate % 2 * kTile;
@@ -78,49 +72,46 @@ void forward(const Forward<T>& a, const std::vector<Step>& steps, const Share& m
         if (k < I) put_weights(a.w_ih, gate * H + u, H - u, a.I, k, to);
         else put_weights(a.w_hh, gate * H + u, H - u, H, k - I, to);
     }
-  // Row b's part of x is copied for the next step by its own thread, or by any.
+  // Copied by this thread: x for its own rows, or any share of them.
   const int64_t x0 = mine.alone ? mine.row : a.B * mine.id / mine.count;
   const int64_t x1 = mine.alone ? mine.row_end : a.B * (mine.id + 1) / mine.count;
-  put_x(a, steps[0], x0, std::min(x1, steps[0].rows), a.rows[0]);
+  for (int64_t b = x0; b < x1; ++b)
+    for (int64_t k = 0; k < H; k += 16)
+      for (Bf16* rows : a.rows)  // both: a sequence may begin at any step
+        put_row<P>(at_row<P>(rows, b / R, b % R, I + k, K), get(a.h0 + b * H + k, H - k));
+  put_x(a, steps[0], x0, x1, a.rows[0], K);
   barrier();
+
   TileRegisters registers(a.amx, R);
-  const int64_t next = round_up(H, 16) / 16 * 4 * kSums, u1 = std::min(H, mine.panel_end * 16);
   __mmask16 nan = 0;
   for (size_t t = 0; t < steps.size(); ++t) {
     const Step& s = steps[t];
-    const Bf16* before = a.rows[t % 2];
-    Bf16* after = a.rows[(t + 1) % 2];
-    if (t + 1 < steps.size()) put_x(a, steps[t + 1], x0, std::min(x1, steps[t + 1].rows), after);
+    Bf16 *before = a.rows[t % 2], *after = a.rows[(t + 1) % 2];
     const int64_t row_end = std::min(mine.row_end, s.rows);
-    for (int64_t panel = mine.panel; panel < mine.panel_end; ++panel)
-      for (int64_t b0 = mine.row; b0 < row_end; b0 += 2 * R) {
-        const Bf16* rows = before + b0 / R * row_tile;
-        for (int half = 0; half < 2; ++half) {
-          const Bf16* columns = a.columns + (panel * 2 + half) * pair;
-          float* sums = a.sums + b0 / R * next + (panel * 2 + half) * 2 * kSums;
-          product<P>(a.amx, b0 + R < row_end, rows, row_tile, columns, K / 32,
-                     {sums, 16, kSums, next});
-        }
-      }
+    for (int64_t q = mine.panel * 2; q < mine.panel_end * 2; ++q)  // i and f, g and o of 16 units
+      for (int64_t b = mine.row; b < row_end; b += 2 * R)
+        product<P>(a.amx, b + R < row_end, before + b / R * row_tile, row_tile,
+                   a.columns + q * pair, K / 32,
+                   {a.sums + b / R * next + q * 2 * kSums, 16, kSums, next});
     for (int64_t b = mine.row; b < row_end; ++b)
-      for (int64_t u = mine.panel * 16; u < u1; u += 16) {
-          const int64_t row = s.row + b, n = H - u;
-          const float* sums = a.sums + b / R * next + u * 64 + b % R * 16;
-          Vec<float> sum[4], gate[4];  // i, f, g, o
-          for (int j = 0; j < 4; ++j)
-            sum[j] = (Vec<float>)(_mm512_load_ps(sums + j * kSums) + get(a.bias + j * H + u, n));
-          activate<float>(sum, gate);
-          float* c_now = a.c_now + b * H + u;
-          const Vec<float> c = gate[1] * (Vec<float>)get(c_now, n) + gate[0] * gate[2];
-          const Floats h = (Floats)(gate[3] * tanh<float>(c));
-          nan |= _mm512_cmp_ps_mask(h, h, _CMP_UNORD_Q);
-          put(c_now, (Floats)c, n);
-          put_row<P>(at_row<P>(after, b / R, b % R, I + u, K), h);
-          put(a.h + row * H + u, h, n);
-          if (!a.gates) continue;
-          put(a.c + row * H + u, (Floats)c, n);
-          for (int j = 0; j < 4; ++j) put(a.gates + (row * 4 + j) * H + u, (Floats)gate[j], n);
-        }
+      for (int64_t u = mine.panel * 16; u < std::min(H, mine.panel_end * 16); u += 16) {
+        const int64_t row = s.row + b, n = H - u;
+        const float* sums = a.sums + b / R * next + u / 16 * 4 * kSums + b % R * 16;
+        Vec<float> sum[4], gate[4];  // i, f, g, o
+        for (int j = 0; j < 4; ++j)
+          sum[j] = (Vec<float>)(_mm512_load_ps(sums + j * kSums) + get(a.bias + j * H + u, n));
+        activate<float>(sum, gate);
+        const Vec<float> c = gate[1] * (Vec<float>)get(a.c_now + b * H + u, n) + gate[0] * gate[2];
+        const Floats h = (Floats)(gate[3] * tanh<float>(c));
+        nan |= is_nan(h);
+        put(a.c_now + b * H + u, (Floats)c, n);
+        put_row<P>(at_row<P>(after, b / R, b % R, I + u, K), h);
+        put(a.h + row * H + u, h, n);
+        if (!a.gates) continue;
+        put(a.c + row * H + u, (Floats)c, n);
+        for (int j = 0; j < 4; ++j) put(a.gates + (row * 4 + j) * H + u, (Floats)gate[j], n);
+      }
+    if (t + 1 < steps.size()) put_x(a, steps[t + 1], x0, x1, after, K);
     if (!mine.alone) barrier();
   }
   if (nan) *a.nan = true;
@@ -131,7 +122,7 @@ void forward(const Forward<T>& a, const std::vector<Step>& steps, const Share& m
 template <typename T> struct Backward {
   const T *dh, *dc, *gates, *c, *c0, *w_hh;  // as in lstm.h; dc may be null
   T *da, *dh0;                               // (N,4H), (B,H)
-  Bf16 *columns, *rows[2];
+  Bf16 *columns, *rows[2];                   // the operands
   float *sums, *dc_now;  // (row tiles, unit tiles, 16, 16): da' W_hh; (B,H): dc' f', at first zero
   const int64_t* first;  // (B): the row in which each sequence begins
   int64_t B, H, R;
@@ -139,15 +130,16 @@ template <typename T> struct Backward {
   std::atomic<bool>* nan;
 };
 
-// Gate gradients stand in the order [unit / 16][gate][16], so that what is known of 16 units, and
-// written, is two blocks.
+// In an operand gate gradients stand in the order [unit / 16][gate][16]: all of 16 units together.
 inline int64_t place(int64_t u, int64_t gate) { return u / 16 * 64 + gate * 16; }
 
 template <typename T>
 void backward(const Backward<T>& a, const std::vector<Step>& steps, const Share& mine) {
   constexpr int P = kParts<T>;
   const int64_t H = a.H, K = round_up(H, 16) * 4, R = a.R;
-  const int64_t pair = K / 32 * P * 2 * kTile, row_tile = K / 32 * P * kTile;
+  const int64_t row_tile = K / 32 * P * kTile, pair = 2 * row_tile;
+  const int64_t next = (H + 31) / 32 * 2 * kSums;  // sums of a row tile
+  const int64_t u0 = mine.panel * 32, u1 = std::min(H, mine.panel_end * 32);
   for (int64_t q = mine.pack; q < mine.pack_end; ++q)
     for (int64_t k = 0; k < K / 2; ++k)  // pairs of rows of W_hh: of units u and u + 1
       for (int64_t v = 0; v < 2; ++v) {
@@ -157,53 +149,50 @@ void backward(const Backward<T>& a, const std::vector<Step>& steps, const Share&
                        get(w, u < H ? H - column : 0), get(w + H, u + 1 < H ? H - column : 0));
       }
   barrier();
+
   TileRegisters registers(a.amx, R);
-  const int64_t u1 = std::min(H, mine.panel_end * 32);
-  const int64_t units = round_up(H, 32) / 16, next = units * kSums;
-  auto products = [&](const Bf16* rows, int64_t row_end) {  // sums, for the rows up to row_end
+  auto products = [&](const Bf16* rows, int64_t row_end) {
     for (int64_t q = mine.panel; q < mine.panel_end; ++q)
-      for (int64_t b0 = mine.row; b0 < row_end; b0 += 2 * R)
-        product<P>(a.amx, b0 + R < row_end, rows + b0 / R * row_tile, row_tile,
-                   a.columns + q * pair, K / 32,
-                   {a.sums + b0 / R * next + q * 2 * kSums, 16, kSums, next});
+      for (int64_t b = mine.row; b < row_end; b += 2 * R)
+        product<P>(a.amx, b + R < row_end, rows + b / R * row_tile, row_tile, a.columns + q * pair,
+                   K / 32, {a.sums + b / R * next + q * 2 * kSums, 16, kSums, next});
   };
-  auto sum_at = [&](int64_t b, int64_t u) {
+  auto sum = [&](int64_t b, int64_t u) {
     return _mm512_load_ps(a.sums + b / R * next + u / 16 * kSums + b % R * 16);
   };
   __mmask16 nan = 0;
   for (size_t t = steps.size(); t-- > 0;) {
     const Step& s = steps[t];
-    Bf16* after = a.rows[(t + 1) % 2];
     const int64_t row_end = std::min(mine.row_end, s.rows);
     const int64_t later = t + 1 < steps.size() ? steps[t + 1].going : 0;  // rows that have a da'
     products(a.rows[t % 2], std::min(row_end, later));
     for (int64_t b = mine.row; b < row_end; ++b)
-    for (int64_t u = mine.panel * 32; u < u1; u += 16) {
-      const int64_t row = s.row + b, n = H - u;
-      const T* c_before = b < s.going ? a.c + (s.prev + b) * H : a.c0 + b * H;
-      const T* gates = a.gates + row * 4 * H + u;
-      for (int64_t gate = 4; gate < 8; ++gate) __builtin_prefetch(gates + gate * H);  // next row
-      for (const T* p : {a.c + row * H, c_before, a.dh + row * H}) __builtin_prefetch(p + H + u);
-      const Floats i = get(gates, n), f = get(gates + H, n);
-      const Floats g = get(gates + 2 * H, n), o = get(gates + 3 * H, n);
-      const Floats tanh_c = (Floats)tanh<float>((Vec<float>)get(a.c + row * H + u, n));
-      const Floats c = get(c_before + u, n);
-      const Floats dh = get(a.dh + row * H + u, n) + (b < later ? sum_at(b, u) : Floats{});
-      Floats dc = get(a.dc_now + b * H + u, n) + dh * o * (1 - tanh_c * tanh_c);
-      if (a.dc) dc += get(a.dc + row * H + u, n);
-      put(a.dc_now + b * H + u, dc * f, n);
-      const Floats da[4] = {dc * g * i * (1 - i), dc * c * f * (1 - f), dc * i * (1 - g * g),
-                            dh * tanh_c * o * (1 - o)};
-      const Floats any = da[0] + da[1] + da[2] + da[3];
-      nan |= _mm512_cmp_ps_mask(any, any, _CMP_UNORD_Q);
-      for (int64_t gate = 0; gate < 4; ++gate) {
-        put_row<P>(at_row<P>(after, b / R, b % R, place(u, gate), K), da[gate]);
-        put(a.da + row * 4 * H + gate * H + u, da[gate], n);
+      for (int64_t u = u0; u < u1; u += 16) {
+        const int64_t row = s.row + b, n = H - u;
+        const T* c_before = b < s.going ? a.c + (s.prev + b) * H : a.c0 + b * H;
+        const T* gates = a.gates + row * 4 * H + u;
+        for (int64_t gate = 4; gate < 8; ++gate) __builtin_prefetch(gates + gate * H);  // next row
+        for (const T* p : {a.c + row * H, c_before, a.dh + row * H}) __builtin_prefetch(p + H + u);
+        const Floats i = get(gates, n), f = get(gates + H, n);
+        const Floats g = get(gates + 2 * H, n), o = get(gates + 3 * H, n);
+        const Floats tanh_c = (Floats)tanh<float>((Vec<float>)get(a.c + row * H + u, n));
+        const Floats c = get(c_before + u, n);
+        const Floats dh = get(a.dh + row * H + u, n) + (b < later ? sum(b, u) : Floats{});
+        Floats dc = get(a.dc_now + b * H + u, n) + dh * o * (1 - tanh_c * tanh_c);
+        if (a.dc) dc += get(a.dc + row * H + u, n);
+        put(a.dc_now + b * H + u, dc * f, n);
+        const Floats da[4] = {dc * g * i * (1 - i), dc * c * f * (1 - f), dc * i * (1 - g * g),
+                              dh * tanh_c * o * (1 - o)};
+        nan |= is_nan(da[0] + da[1] + da[2] + da[3]);
+        for (int64_t gate = 0; gate < 4; ++gate) {
+          put_row<P>(at_row<P>(a.rows[(t + 1) % 2], b / R, b % R, place(u, gate), K), da[gate]);
+          put(a.da + (row * 4 + gate) * H + u, da[gate], n);
+        }
       }
-    }
     if (!mine.alone) barrier();
   }
   if (nan) *a.nan = true;
+
   // What each sequence's first step hands to h0.
   const int64_t b0 = mine.alone ? mine.row : a.B * mine.id / mine.count;
   const int64_t b1 = mine.alone ? mine.row_end : a.B * (mine.id + 1) / mine.count;
@@ -211,12 +200,11 @@ void backward(const Backward<T>& a, const std::vector<Step>& steps, const Share&
     for (int64_t u = 0; u < H; u += 16)
       for (int64_t gate = 0; gate < 4; ++gate)
         put_row<P>(at_row<P>(a.rows[0], b / R, b % R, place(u, gate), K),
-                     get(a.da + (a.first[b] * 4 + gate) * H + u, H - u));
+                   get(a.da + (a.first[b] * 4 + gate) * H + u, H - u));
   barrier();
   products(a.rows[0], mine.row_end);
   for (int64_t b = mine.row; b < mine.row_end; ++b)
-    for (int64_t u = mine.panel * 32; u < u1; u += 16)
-      put(a.dh0 + b * H + u, sum_at(b, u), H - u);
+    for (int64_t u = u0; u < u1; u += 16) put(a.dh0 + b * H + u, sum(b, u), H - u);
 }
 
 int64_t tile_rows(int64_t B) {  // equal row tiles of at most 16: 50 = 13 + 13 + 13 + 11
@@ -225,8 +213,8 @@ int64_t tile_rows(int64_t B) {  // equal row tiles of at most 16: 50 = 13 + 13 +
 }
 
 // Runs body(T{}) with the type of the tensors' numbers.
-template <typename Body> void with_type(at::ScalarType type, const Body& body) {
-  if (type == at::kFloat) body(float{});
+template <typename Body> void with_type(const at::TensorOptions& like, const Body& body) {
+  if (like.dtype() == at::kFloat) body(float{});
   else body(Bf16{});
 }
 
@@ -234,7 +222,7 @@ template <typename Body> void with_type(at::ScalarType type, const Body& body) {
 
 bool bf16_serves(const at::TensorOptions& like, int64_t B, int64_t H) {
   if (like.dtype() == at::kBFloat16) return use_amx() || allowed("avx512_bf16");
-  return like.dtype() == at::kFloat && use_amx() && B >= 16 && H >= 96;  // smaller: float32 is quicker
+  return like.dtype() == at::kFloat && use_amx() && B >= 16 && H >= 96;  // else float32 is quicker
 }
 
 at::Tensor forward_bf16(const at::Tensor& x, const at::Tensor& w_ih, const at::Tensor& bias,
@@ -242,57 +230,55 @@ at::Tensor forward_bf16(const at::Tensor& x, const at::Tensor& w_ih, const at::T
                         at::IntArrayRef sizes, bool reverse, at::Tensor& h, at::Tensor& c,
                         at::Tensor& gates) {
   const int64_t B = h0.size(0), H = h0.size(1), I = x.size(1), R = tile_rows(B);
-  const int64_t K = round_up(I, 32) + round_up(H, 32), tiles = (B + R - 1) / R;
+  const int64_t blocks = (I + 31) / 32 + (H + 31) / 32, tiles = (B + R - 1) / R;
   const int64_t panels = (H + 15) / 16;
-  auto c_now = c0.to(at::kFloat, false, true), bias_ = bias.to(at::kFloat);
+  const auto like = x.options();
+  auto c_now = c0.to(at::kFloat, /*non_blocking=*/false, /*copy=*/true);
+  const auto bias_ = bias.to(at::kFloat);
+  auto sums = fresh({tiles, panels, 4, kSums}, like.dtype(at::kFloat));
   std::atomic<bool> nan = false;
   const auto steps = walk(sizes, reverse);
-  with_type(x.scalar_type(), [&](auto type) {
+  with_type(like, [&](auto type) {
     using T = decltype(type);
     constexpr int P = kParts<T>;
-    const auto like = x.options().dtype(at::kBFloat16);
-    auto columns = fresh({panels * 2, K / 32, P, 2, kTile}, like);
-    auto sums = fresh({tiles, panels, 4, 256}, like.dtype(at::kFloat));
-    at::Tensor rows[2] = {at::zeros({tiles, K / 32, P, kTile}, like), {}};
-    Forward<T> a{data<T>(x), data<T>(w_ih), data<T>(w_hh), data<float>(bias_), data<T>(h),
-                 data<T>(c), gates.size(0) ? data<T>(gates) : nullptr, data<Bf16>(columns),
-                 {data<Bf16>(rows[0]), nullptr}, data<float>(sums), data<float>(c_now), B, I, H, R, use_amx(), &nan};
-    put_h0(a, data<T>(h0), a.rows[0]);
-    rows[1] = rows[0].clone();
-    a.rows[1] = data<Bf16>(rows[1]);
+    auto columns = fresh({panels * 2, blocks, P, 2, kTile}, like.dtype(at::kBFloat16));
+    auto rows = at::zeros({2, tiles, blocks, P, kTile}, like.dtype(at::kBFloat16));
+    Forward<T> a{data<T>(x), data<T>(w_ih), data<T>(h0), data<T>(w_hh), data<float>(bias_),
+                 data<T>(h), data<T>(c), gates.size(0) ? data<T>(gates) : nullptr,
+                 data<Bf16>(columns), {data<Bf16>(rows), data<Bf16>(rows) + rows.numel() / 2},
+                 data<float>(sums), data<float>(c_now), B, I, H, R, use_amx(), &nan};
     team(panels, R, sizes, 8.0 * P * H * (I + H), [&](const Share& mine) {
       forward<T>(a, steps, mine);
     });
   });
-  return nan && x.scalar_type() == at::kFloat ? at::Tensor() : c_now;  // infinity has no parts
+  return nan && like.dtype() == at::kFloat ? at::Tensor() : c_now;  // infinity has no parts
 }
 
 at::Tensor backward_bf16(const at::Tensor& dh, const at::Tensor& dc, const at::Tensor& gates,
                          const at::Tensor& c, const at::Tensor& c0, const at::Tensor& w_hh,
                          at::IntArrayRef sizes, bool reverse, at::Tensor& da, at::Tensor& dh0) {
   const int64_t B = c0.size(0), H = c0.size(1), R = tile_rows(B);
-  const int64_t K = round_up(H, 16) * 4, tiles = (B + R - 1) / R, pairs = (H + 31) / 32;
-  auto dc_now = at::zeros({B, H}, c0.options().dtype(at::kFloat));
+  const int64_t blocks = (H + 15) / 16 * 2, tiles = (B + R - 1) / R, panels = (H + 31) / 32;
+  const auto like = dh.options();
+  auto dc_now = at::zeros({B, H}, like.dtype(at::kFloat));
+  auto sums = fresh({tiles, panels, 2, kSums}, like.dtype(at::kFloat));
   std::atomic<bool> nan = false;
   const auto steps = walk(sizes, reverse);
   const auto first = first_rows(steps, B);
-  with_type(dh.scalar_type(), [&](auto type) {
+  with_type(like, [&](auto type) {
     using T = decltype(type);
     constexpr int P = kParts<T>;
-    const auto like = dh.options().dtype(at::kBFloat16);
-    auto columns = fresh({pairs, K / 32, P, 2, kTile}, like);
-    auto rows = at::zeros({2, tiles, K / 32, P, kTile}, like);
-    auto sums = fresh({tiles, pairs, 2, 256}, like.dtype(at::kFloat));
+    auto columns = fresh({panels, blocks, P, 2, kTile}, like.dtype(at::kBFloat16));
+    auto rows = at::zeros({2, tiles, blocks, P, kTile}, like.dtype(at::kBFloat16));
     Backward<T> a{data<T>(dh), dc.defined() ? data<T>(dc) : nullptr, data<T>(gates), data<T>(c),
                   data<T>(c0), data<T>(w_hh), data<T>(da), data<T>(dh0), data<Bf16>(columns),
                   {data<Bf16>(rows), data<Bf16>(rows) + rows.numel() / 2}, data<float>(sums),
-                  data<float>(dc_now),
-                  first.data(), B, H, R, use_amx(), &nan};
-    team(pairs, R, sizes, 8.0 * P * H * H, [&](const Share& mine) {
+                  data<float>(dc_now), first.data(), B, H, R, use_amx(), &nan};
+    team(panels, R, sizes, 8.0 * P * H * H, [&](const Share& mine) {
       backward<T>(a, steps, mine);
     });
   });
-  return nan && dh.scalar_type() == at::kFloat ? at::Tensor() : dc_now;
+  return nan && like.dtype() == at::kFloat ? at::Tensor() : dc_now;
 }
 
 }  // namespace rnn

@@ -205,7 +205,8 @@ Three forward_cpu(const at::Tensor& x, const at::Tensor& w_ih, const at::Tensor&
   const auto x_ = x.contiguous(), w_ih_ = w_ih.contiguous(), bias_ = bias.contiguous();
   const auto w_hh_ = w_hh.contiguous();
   if (bf16_serves(like, B, H)) {
-    auto end = forward_bf16(x_, w_ih_, bias_, h0.contiguous(), c0, w_hh_, sizes, reverse, h, c, gates);
+    const auto h0_ = h0.contiguous();
+    auto end = forward_bf16(x_, w_ih_, bias_, h0_, c0, w_hh_, sizes, reverse, h, c, gates);
     if (end.defined()) return {h, save ? c : end.to(like.dtype()), gates};
   }
   AT_DISPATCH_FLOATING_TYPES(w_hh.scalar_type(), "lstm_forward", [&] {

@@ -1,8 +1,9 @@
-// The products of a backward pass outside of time, x^T da, h'^T da and da W_ih, as one operator: a b
-// as torch.mm, but where that is quicker, for large float32, through three bfloat16 parts (tiles.h).
+// The products of a backward pass outside of time, x^T da, h'^T da and da W_ih, as one operator:
+// a b as torch.mm, but where that is quicker, for large float32, through three bfloat16 parts: see
+// tiles.h.
 //
-// Both operands are copied, a chunk of K numbers at a time. The narrower one is copied by all threads
-// together, a share each; of the wider one each thread copies a share of its own, and multiplies it.
+// Both operands are copied, a chunk of K numbers at a time. The narrower one is copied by all
+// threads together; of the wider one each thread copies a share of its own, and multiplies it.
 #include "lstm.h"
 #include "team.h"
 #include "tiles.h"
@@ -14,7 +15,7 @@ namespace {
 
 #ifdef __AMX_BF16__
 constexpr int P = 3;
-constexpr int64_t kChunk = 8;                     // blocks of 32 numbers of K
+constexpr int64_t kChunk = 8;                      // blocks of 32 numbers of K
 constexpr int64_t kPair = kChunk * P * 2 * kTile;  // numbers in a chunk's pair of tiles
 
 // Copies a tile of 16 rows, m .. m + 16, x 32 numbers, k .. k + 32, of a (M,K) to `to`.
@@ -25,7 +26,8 @@ void put_row_tile(const float* a, int64_t M, int64_t K, bool transposed, int64_t
       const float* at = a + (k + 2 * j) * M + m;
       __builtin_prefetch(at + 32), __builtin_prefetch(at + M + 32);
       __m512i pair[P];
-      pairs<P>(get(at, k + 2 * j < K ? M - m : 0), get(at + M, k + 2 * j + 1 < K ? M - m : 0), pair);
+      const int64_t n = M - m;
+      pairs<P>(get(at, k + 2 * j < K ? n : 0), get(at + M, k + 2 * j + 1 < K ? n : 0), pair);
       for (int p = 0; p < P; ++p) put_across(to + p * kTile + 2 * j, pair[p]);
     } else {
       const float* at = a + (m + j) * K + k;

@@ -32,8 +32,8 @@ struct Share {
   bool alone;
 };
 
-// Runs body(id, count) on a team of at most `most` threads. It may be smaller than asked for, and is
-// one thread without OpenMP: shares follow its true size. Inside another parallel region, one thread.
+// Runs body(id, count) on a team of at most `most` threads. It may be smaller than asked for, and
+// is one thread without OpenMP: shares follow its true size. Inside a parallel region, one thread.
 template <typename Body> void team_of(int64_t most, const Body& body) {
 #ifdef _OPENMP
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();

@@ -6,10 +6,10 @@
 // result to a tile of 16 x 16 float32 sums. That serves both types of tensors:
 //
 //   bfloat16   as it is; the sums are float32.
-//   float32    a number is the sum of three bfloat16 parts, v = v0 + v1 + v2, of 8 bits each. Of the
-//              nine products of parts the six largest, v0w0 v0w1 v1w0 v1w1 v0w2 v2w0, give v w to
-//              float32's own precision, and still faster than its own product. Only infinity has no
-//              parts: inf - inf is NaN, and so is all that it meets.
+//   float32    a number is the sum of three bfloat16 parts, v = v0 + v1 + v2, of 8 bits each. Of
+//              the nine products of parts the six largest, v0w0 v0w1 v1w0 v1w1 v0w2 v2w0, give v w
+//              to float32's own precision, and still faster than its own product. Only infinity has
+//              no parts: inf - inf is NaN, and so is all that it meets.
 //
 // Layout. The inner loop should find each tile as one piece of 1 KiB, so operands are copied into
 //   rows     (row tiles, blocks of 32 numbers, parts, 16 rows, 32 numbers)
@@ -86,7 +86,7 @@ template <int P> inline void put_columns(Bf16* to, Floats even, Floats odd) {
   for (int p = 0; p < P; ++p) _mm512_store_si512(to + p * 2 * kTile, pair[p]);
 }
 
-// Pairs of sixteen lanes, each to the next line of a tile: so columns become rows, and rows columns.
+// Sixteen pairs, each to the next line of a tile: so rows become columns, and columns rows.
 inline void put_across(Bf16* to, __m512i pair) {
   const __m512i line = _mm512_set_epi32(240, 224, 208, 192, 176, 160, 144, 128, 112, 96, 80, 64, 48,
                                         32, 16, 0);
@@ -189,7 +189,8 @@ void product_amx(const Bf16*, int64_t, const Bf16*, int64_t, Sums) {}
 // The same with AVX-512 BF16, which multiplies 16 pairs at a time: twice as fast as float32, so not
 // worth while for three parts.
 template <int R, bool add>
-void product_avx512(const Bf16* rows, int64_t next, const Bf16* columns, int64_t blocks, Sums sums) {
+void product_avx512(const Bf16* rows, int64_t next, const Bf16* columns, int64_t blocks,
+                    Sums sums) {
   constexpr int kRows = 8;
   for (int half = 0; half < 2 * R; ++half) {
     const Bf16* x = rows + half / 2 * next + half % 2 * kRows * 32;
@@ -210,7 +211,8 @@ void product_avx512(const Bf16* rows, int64_t next, const Bf16* columns, int64_t
       }
     }
     for (int r = 0; r < kRows; ++r)
-      for (int v = 0; v < 2; ++v) _mm512_storeu_ps(out + r * sums.stride + v * sums.right, sum[r][v]);
+      for (int v = 0; v < 2; ++v)
+        _mm512_storeu_ps(out + r * sums.stride + v * sums.right, sum[r][v]);
   }
 }
 
