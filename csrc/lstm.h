@@ -72,8 +72,10 @@ inline void check_matrix(const char* name, const at::Tensor& t, const at::Tensor
 inline int64_t check_w_hh(const at::Tensor& w) {
   TORCH_CHECK(w.dim() == 2 && w.size(1) >= 1 && w.size(0) % 4 == 0 && w.size(0) / 4 == w.size(1),
               "lstm: w_hh must be (4H, H), got ", w.sizes());
-  TORCH_CHECK(w.scalar_type() == at::kFloat || w.scalar_type() == at::kDouble,
-              "lstm: float32 or float64 expected, got ", w.scalar_type());
+  const auto type = w.scalar_type();
+  TORCH_CHECK(type == at::kFloat || type == at::kDouble ||
+                  (w.is_cuda() && (type == at::kHalf || type == at::kBFloat16)),
+              "lstm: float32 or float64 expected, got ", type);
   check_matrix("w_hh", w, w, w.size(0), w.size(1));
   return w.size(1);
 }
