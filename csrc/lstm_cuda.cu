@@ -208,7 +208,7 @@ __device__ void multiply(const float* x, const float* w, int K, int share, int s
   const int row = threadIdx.x % 32 / 8, column = threadIdx.x % 8;  // and every 4th, 8th from there
   float sum[4][J / 8] = {};
   for (int k0 = share * kTile; k0 < K; k0 += shares * kTile)
-#pragma unroll
+#pragma unroll 2
     for (int k = k0; k < k0 + kTile; k += 4) {
       float4 a[4];
       for (int i = 0; i < 4; ++i)
@@ -331,7 +331,7 @@ template <typename T> struct Forward {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
 persistent_forward(const __grid_constant__ Forward<T> a, const __grid_constant__ Walk walk) {
   constexpr int U = kForwardUnits, J = 4 * U;
   const int64_t H = a.H;
@@ -389,7 +389,7 @@ template <typename T> struct Backward {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
 persistent_backward(const __grid_constant__ Backward<T> a, const __grid_constant__ Walk walk) {
   constexpr int U = kBackwardUnits<T>, J = U;
   const int64_t H = a.H;
