@@ -61,8 +61,7 @@ template <typename F> __device__ F cell(F (&a)[4], F& c) {
   return a[3] * tanh(c);
 }
 
-// gate: i, f, g, o, becomes da. dc: all that comes from outside and from the step just done, becomes
-// dc * f, for the next step.
+// gate: i, f, g, o, becomes da. dc: dc[t] + dc' f', becomes dc f, for the next step.
 template <typename F> __device__ void cell_backward(F (&gate)[4], F c, F c_before, F dh, F& dc) {
   const F i = gate[0], f = gate[1], g = gate[2], o = gate[3], tanh_c = tanh(c);
   dc += dh * o * (1 - tanh_c * tanh_c);
@@ -561,15 +560,16 @@ Three forward_cuda(const at::Tensor& x, const at::Tensor& w_ih, const at::Tensor
   const Problem p(sizes, B, H, N, reverse);
   const at::Tensor gates = at::addmm(bias, x, w_ih.t());  // (N,4H)
   const at::Tensor c0_ = c0.contiguous(), w_hh_ = w_hh.contiguous();
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, w_hh.scalar_type(), "lstm_forward", [&] {
+  const auto type = w_hh.scalar_type();
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, type, "lstm_forward", [&] {
     using T = scalar_t;
     const std::string wished = wish();
     bool done = false;
     if constexpr (!std::is_same_v<T, double>)
       done = wished != "0" && try_persistent_forward<T>(p, h0, c0_, w_hh_, gates, h, c, save);
-    TORCH_CHECK(done || wished != "1", kNoFit, B, ", H=", H, " in ", w_hh.scalar_type());
+    TORCH_CHECK(done || wished != "1", kNoFit, B, ", H=", H, " in ", type);
     if (done) return;
-    const at::Tensor c_now = c0.to(at::toOpMathType(w_hh.scalar_type()), false, true, at::MemoryFormat::Contiguous);
+    const at::Tensor c_now = at::empty({B, H}, like.dtype(at::toOpMathType(type))).copy_(c0);
     stepwise_forward<T>(p, h0, w_hh_, gates, h, save ? c : at::Tensor(), c_now);
     if (!save) c.copy_(c_now);
   });
@@ -596,16 +596,17 @@ Three backward_cuda(const at::Tensor& dh, const std::optional<at::Tensor>& dc,
   const at::Tensor gates_ = gates.contiguous(), c_ = c.contiguous(), c0_ = c0.contiguous();
   const at::Tensor w_hh_ = w_hh.contiguous();
   const at::Tensor da_first = at::zeros({B, 4 * H}, like);
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, w_hh.scalar_type(), "lstm_backward", [&] {
+  const auto type = w_hh.scalar_type();
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, type, "lstm_backward", [&] {
     using T = scalar_t;
     const std::string wished = wish();
     bool done = false;
     if constexpr (!std::is_same_v<T, double>)
       done = wished != "0" && try_persistent_backward<T>(p, dh_, dc_, gates_, c_, c0_, w_hh_, da,
                                                          da_first, dc0);
-    TORCH_CHECK(done || wished != "1", kNoFit, B, ", H=", H, " in ", w_hh.scalar_type());
+    TORCH_CHECK(done || wished != "1", kNoFit, B, ", H=", H, " in ", type);
     if (done) return;
-    const at::Tensor dc_now = at::zeros({B, H}, like.dtype(at::toOpMathType(w_hh.scalar_type())));
+    const at::Tensor dc_now = at::zeros({B, H}, like.dtype(at::toOpMathType(type)));
     stepwise_backward<T>(p, dh_, dc_, gates_, c_, c0_, w_hh_, da, da_first, dc_now);
     dc0.copy_(dc_now);
   });

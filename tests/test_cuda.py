@@ -107,7 +107,7 @@ def test_in_a_cuda_graph(gpu):
         for t in inputs:
             t.copy_(torch.randn_like(t))
         graph.replay()
-        assert all(torch.equal(a, b) for a, b in zip(captured, run(inputs, sizes)))
+        torch.testing.assert_close(captured, run(inputs, sizes))
 
 
 def test_on_the_callers_stream(gpu):
@@ -125,7 +125,7 @@ def test_on_the_callers_stream(gpu):
             a.copy_(b)
         results = run(late, sizes)
     stream.synchronize()
-    assert all(torch.equal(a, b) for a, b in zip(expected, results))
+    torch.testing.assert_close(results, expected)
 
 
 def test_on_the_device_of_its_input(gpu):
@@ -134,8 +134,8 @@ def test_on_the_device_of_its_input(gpu):
     inputs = on_gpu(16, 4, 40, [16] * 3)
     expected = run(inputs, [16] * 3)
     results = run([t.to("cuda:1") for t in inputs], [16] * 3)
-    assert all(t.device.index == 1 and torch.equal(t.to("cuda:0"), e)
-               for t, e in zip(results, expected))
+    assert all(t.device.index == 1 for t in results)
+    torch.testing.assert_close([t.to("cuda:0") for t in results], list(expected))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
