@@ -101,8 +101,9 @@ def lstm(x, h0, c0, w_ih, bias, w_hh, sizes, reverse, plain):
     -> h after every row's step, (N, H), and the state at the end, a tuple of (B, H). `plain`
     computes h and c, (N, H), from the first eight arguments with torch's own operators."""
     inputs = (x, h0, c0, w_ih, bias, w_hh)
-    if x.is_cuda and torch.is_autocast_enabled("cuda") and x.dtype != torch.float64:
-        inputs = [t.to(torch.get_autocast_dtype("cuda")) for t in inputs]
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:  # as torch's own autocast
+        inputs = [t.to(torch.get_autocast_dtype(device)) for t in inputs]
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
         h, c = FusedLSTM.apply(*inputs, sizes, reverse, plain)
         end = rows_at_the_end(c, sizes, reverse)

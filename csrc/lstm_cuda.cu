@@ -150,11 +150,11 @@ void stepwise_forward(const Problem& p, const at::Tensor& h0, const at::Tensor& 
   using F = at::opmath_type<T>;
   const at::Tensor h_now = h0.clone(at::MemoryFormat::Contiguous), w = w_hh.t();
   const int by = p.reverse ? -1 : 1;
-  Place at = p.next(outside(p.T, p.N, by), by);
-  for (int64_t s = 0; s < p.T; ++s, at = p.next(at, by)) {
-    at::Tensor a = gates.narrow(0, at.row, at.rows);
-    a.addmm_(h_now.narrow(0, 0, at.rows), w);
-    const int64_t count = at.rows * p.H, row = at.row * p.H;
+  Place step = p.next(outside(p.T, p.N, by), by);
+  for (int64_t s = 0; s < p.T; ++s, step = p.next(step, by)) {
+    at::Tensor a = gates.narrow(0, step.row, step.rows);
+    a.addmm_(h_now.narrow(0, 0, step.rows), w);
+    const int64_t count = step.rows * p.H, row = step.row * p.H;
     step_forward<T><<<p.grid(count), kStepThreads, 0, p.stream>>>(
         count, p.H, a.data_ptr<T>(), c_now.data_ptr<F>(), h_now.data_ptr<T>(),
         h.data_ptr<T>() + row, c.defined() ? c.data_ptr<T>() + row : nullptr);
@@ -172,12 +172,12 @@ void stepwise_backward(const Problem& p, const at::Tensor& dh, const at::Tensor&
   using F = at::opmath_type<T>;
   at::Tensor sums = at::empty_like(c0);
   const int by = p.reverse ? 1 : -1;
-  Place at = p.next(outside(p.T, p.N, by), by);
+  Place step = p.next(outside(p.T, p.N, by), by);
   for (int64_t s = 0; s < p.T; ++s) {
-    const Place before = p.next(at, by);
-    at::Tensor sum = sums.narrow(0, 0, at.rows);
-    at::mm_out(sum, da_now.narrow(0, 0, at.rows), w_hh);
-    const int64_t count = at.rows * p.H, row = at.row * p.H;
+    const Place before = p.next(step, by);
+    at::Tensor sum = sums.narrow(0, 0, step.rows);
+    at::mm_out(sum, da_now.narrow(0, 0, step.rows), w_hh);
+    const int64_t count = step.rows * p.H, row = step.row * p.H;
     step_backward<T><<<p.grid(count), kStepThreads, 0, p.stream>>>(
         count, p.H, dh.const_data_ptr<T>() + row,
         dc.defined() ? dc.const_data_ptr<T>() + row : nullptr, gates.const_data_ptr<T>() + 4 * row,
@@ -185,7 +185,7 @@ void stepwise_backward(const Problem& p, const at::Tensor& dh, const at::Tensor&
         c0.const_data_ptr<T>(), sum.const_data_ptr<T>(), dc_now.data_ptr<F>(),
         da_now.data_ptr<T>(), da.data_ptr<T>() + 4 * row);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
-    at = before;
+    step = before;
   }
 }
 
@@ -346,13 +346,13 @@ persistent_forward(const __grid_constant__ Forward<T> a, const __grid_constant__
   unsigned* done = a.done + blockIdx.y * gridDim.x;
   T* h_now = a.h_now + int64_t(blockIdx.y) * a.rows * K;
   float c = my.exists ? float(a.c0[my.b * H + my.unit]) : 0;
-  Place at = walk.begin();
-  for (int s = 0; s < walk.T; ++s, at = walk.next(at)) {
+  Place step = walk.begin();
+  for (int s = 0; s < walk.T; ++s, step = walk.next(step)) {
     const int64_t turn = int64_t(gridDim.y) * a.rows * K;
     const T* before = h_now + s % 2 * turn;
     T* after = h_now + (s + 1) % 2 * turn;
-    const bool active = my.exists && my.b < at.rows;
-    const int64_t row = at.row + my.b;
+    const bool active = my.exists && my.b < step.rows;
+    const int64_t row = step.row + my.b;
     T* gates = a.gates + row * 4 * H + my.unit;
     float gate[4] = {}, h = 0;
     if (active)  // reads from far: on their way while others are waited for
@@ -404,14 +404,14 @@ persistent_backward(const __grid_constant__ Backward<T> a, const __grid_constant
   unsigned* done = a.done + blockIdx.y * gridDim.x;
   T* da_now = a.da_now + int64_t(blockIdx.y) * a.rows * K;
   float dc_now = 0;  // dc' f'
-  Place at = walk.begin();
+  Place step = walk.begin();
   for (int s = 0; s < walk.T; ++s) {
-    const Place before = walk.next(at);  // in forward's order; the next one here
+    const Place before = walk.next(step);  // in forward's order; the next one here
     const int64_t turn = int64_t(gridDim.y) * a.rows * K;
     const T* da_before = da_now + s % 2 * turn;
     T* da_after = da_now + (s + 1) % 2 * turn;
-    const bool active = my.exists && my.b < at.rows, goes_on = my.b < before.rows;
-    const int64_t row = at.row + my.b, j = row * H + my.unit;
+    const bool active = my.exists && my.b < step.rows, goes_on = my.b < before.rows;
+    const int64_t row = step.row + my.b, j = row * H + my.unit;
     float gate[4] = {}, c = 0, c_before = 0, dh = 0;
     if (active) {
       for (int k = 0; k < 4; ++k) gate[k] = a.gates[(row * 4 + k) * H + my.unit];
@@ -433,7 +433,7 @@ persistent_backward(const __grid_constant__ Backward<T> a, const __grid_constant
         a.da[(row * 4 + k) * H + my.unit] = gate[k];
         if (!goes_on) a.da_first[(my.b * 4 + k) * H + my.unit] = gate[k];
       }
-    at = before;
+    step = before;
   }
   if (my.exists) a.dc0[my.b * H + my.unit] = dc_now;
 }

@@ -1,9 +1,7 @@
 """What the fused LSTM does on GPUs only: streams, graphs, autocast, its two forms; and when it is
 compiled for them. Its results are compared in test_fused.py, by the tests with a `place`.
 
-On a GPU also run, for invalid memory accesses and races (see README, Contributing):
-
-    compute-sanitizer --tool memcheck python -m pytest -q tests/test_cuda.py tests/test_fused.py
+The README, On a GPU, has the commands that look for invalid memory accesses and races.
 """
 
 import os
