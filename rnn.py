@@ -288,7 +288,8 @@ class RNNBase(nn.Module):
                 traces.append({name: undo(rows) for name, rows in steps.items()})
             x = torch.cat(outputs, dim=-1) if self.bidirectional else outputs[0]
         state = tuple(torch.stack(s) for s in zip(*ends))  # (layers * directions, B, H) each
-        if self.states == 2 and torch.is_autocast_enabled(x.device.type):  # as torch.nn.LSTM
+        if (self.states == 2 and torch.is_autocast_enabled(x.device.type)
+                and x.dtype != torch.float64):  # as torch.nn.LSTM
             low = torch.get_autocast_dtype(x.device.type)
             x, state = x.to(low), tuple(s.to(low) for s in state)
         if not isinstance(input, PackedSequence):

@@ -3,7 +3,8 @@
     python setup.py develop      or      pip install --no-build-isolation .     (or -e .)
 
 Neither is needed to use rnn.py: without rnn_C it runs its plain path, and rnn.build() compiles
-csrc/ just in time. The build is for the machine at hand, with all its vector instructions.
+csrc/ just in time. The build is for the machine at hand, with all its vector instructions; and for
+GPUs where torch has CUDA and its toolkit is found, whether there is a GPU now or not.
 """
 
 import os
@@ -15,7 +16,7 @@ import sys
 os.environ.setdefault("PIP_NO_BUILD_ISOLATION", "0")
 
 try:
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 except ImportError:
     sys.exit("setup.py needs torch: pip install torch ninja, and with pip install . also the "
              "option --no-build-isolation")
@@ -28,7 +29,8 @@ sys.path.insert(0, str(here))
 
 import csrc  # noqa: E402
 
-flags = csrc.flags()
+flags, cuda = csrc.flags(), csrc.cuda_sources()
+Extension = CUDAExtension if cuda else CppExtension
 setup(
     name="rnn-reference",
     version="0.1.0",
@@ -39,7 +41,8 @@ setup(
     python_requires=">=3.11",
     install_requires=["torch>=2.11"],
     extras_require={"test": ["pytest", "ninja", "pybind11"]},
-    ext_modules=[CppExtension("rnn_C._native", [f"csrc/{name}" for name in csrc.SOURCES],
-                              extra_compile_args=flags, extra_link_args=flags[2:])],
+    ext_modules=[Extension("rnn_C._native", [f"csrc/{name}" for name in csrc.SOURCES + cuda],
+                           extra_compile_args={"cxx": flags, "nvcc": ["-O3"]},
+                           extra_link_args=flags[2:])],
     cmdclass={"build_ext": BuildExtension},
 )

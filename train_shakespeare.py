@@ -200,14 +200,15 @@ def main(argv=None):
     ids = vocab.encode(text).to(device)
     split = int(0.9 * len(ids))
     params = sum(p.numel() for p in model.parameters())
-    served = device == "cpu" and settings["dtype"] == "float32" and model_settings["cell"] == "lstm"
-    path = "fused" if rnn.fused and served else "plain"
+    dtype = getattr(torch, settings["dtype"])
+    with torch.autocast(ids.device.type, dtype, enabled=dtype != torch.float32):
+        served = rnn.fused and rnn.fused.can_run(torch.empty(0, device=device))
+    path = "fused" if served and model_settings["cell"] == "lstm" else "plain"
     print(f"text: {name}, {len(ids):,} characters, {len(vocab)} symbols, sha256 {digest}\n"
           f"model: {params:,} parameters, {model_settings}, on {device}, {path} path\n"
           f"training: {settings}, {length}", flush=True)
 
     out = args.out or (os.path.dirname(args.resume) or "." if args.resume else "out")
-    dtype = getattr(torch, settings["dtype"])
     evals = 10 if length.get("steps") else min(10, max(1, int(length["seconds"] / 20)))
     result = rnn.train(model, vocab, ids[:split], ids[split:], out, evals=evals, resume=resumed,
                        notes={**settings, **length, "sha256": digest},

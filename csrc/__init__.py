@@ -7,18 +7,47 @@ it from there; or rnn.build() takes it from csrc/ and has it compiled just in ti
 import importlib
 import os
 import platform
+import re
+import subprocess
 import sys
+import warnings
 
 import torch
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
 SOURCES = ["lstm.cpp", "lstm_cpu.cpp", "lstm_bf16.cpp", "mm.cpp"]
+has_cuda = False  # whether the operators that are loaded run on GPUs too
 
 
 def flags():
     """For the machine at hand: its own vector instructions; OpenMP where compilers bring it."""
     native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
     return ["-O3", native] + ([] if sys.platform == "darwin" else ["-fopenmp"])
+
+
+def cuda_sources():
+    """What to compile for GPUs: nothing unless torch was built with CUDA and a toolkit of the same
+    major version is found. It does not matter whether this machine has a GPU."""
+    if torch.version.cuda is None:
+        return []
+    from torch.utils import cpp_extension  # slow to import, so only here
+
+    home = cpp_extension.CUDA_HOME
+    if home is None:
+        return []
+    try:
+        said = subprocess.check_output([os.path.join(home, "bin", "nvcc"), "--version"], text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = str(error)
+    found = re.search(r"release (\d+)\.\d+", said)
+    if not found or found[1] != torch.version.cuda.split(".")[0]:
+        warnings.warn(f"torch was built with CUDA {torch.version.cuda}, but the toolkit in {home} "
+                      f"says: {said.strip()}. The fused LSTM is compiled for the CPU only; set "
+                      "CUDA_HOME to a toolkit that fits", stacklevel=2)
+        return []
+    if not torch.cuda.is_available():  # else torch takes the GPU at hand
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+    return ["lstm_cuda.cu"]
 
 
 def load():
@@ -32,13 +61,16 @@ def compile_and_load():
     """Compile just in time; torch keeps the result. Takes a C++ compiler, ninja, half a minute."""
     from torch.utils import cpp_extension  # slow to import, so only here
 
-    cpp_extension.load("rnn_C_native", [os.path.join(FOLDER, name) for name in SOURCES],
-                       extra_cflags=flags(), extra_ldflags=flags()[2:])
+    sources = [os.path.join(FOLDER, name) for name in SOURCES + cuda_sources()]
+    cpp_extension.load("rnn_C_native", sources, extra_cflags=flags(), extra_cuda_cflags=["-O3"],
+                       extra_ldflags=flags()[2:])
     _register_shapes()
 
 
 def _register_shapes():
     """What the operators return, by shape: so that torch.compile can trace them."""
+    global has_cuda
+    has_cuda = torch._C._dispatch_has_kernel_for_dispatch_key("rnn::lstm_forward", "CUDA")
 
     @torch.library.register_fake("rnn::lstm_forward")
     def _(x, w_ih, bias, h0, c0, w_hh, sizes, reverse, save):
@@ -58,7 +90,10 @@ def _register_shapes():
 def can_run(x):
     """Whether the operators serve this input now. Not inside torch.func's transforms (vmap, grad,
     jvp) and forward mode, which they know nothing about."""
-    return (x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64, torch.bfloat16)
+    types = {"cpu": (torch.float32, torch.float64, torch.bfloat16)}
+    if has_cuda:
+        types["cuda"] = (*types["cpu"], torch.float16)
+    return (x.dtype in types.get(x.device.type, ())
             and not torch._C._are_functorch_transforms_active()
             and torch.autograd.forward_ad._current_level < 0)
 
@@ -68,13 +103,15 @@ def lstm(x, h0, c0, w_ih, bias, w_hh, sizes, reverse, plain):
     -> h after every row's step, (N, H), and the state at the end, a tuple of (B, H). `plain`
     computes h and c, (N, H), from the first eight arguments with torch's own operators."""
     inputs = (x, h0, c0, w_ih, bias, w_hh)
-    if torch.is_autocast_enabled("cpu"):
-        inputs = tuple(t.to(torch.get_autocast_dtype("cpu")) for t in inputs)
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:  # as torch's own autocast
+        inputs = tuple(t.to(torch.get_autocast_dtype(device)) for t in inputs)
         x, h0, c0, w_ih, bias, w_hh = inputs
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
         h, c = FusedLSTM.apply(*inputs, sizes, reverse, plain)
         end = rows_at_the_end(c, sizes, reverse)
     else:
+        x, h0, c0, w_ih, bias, w_hh = inputs
         h, end, _ = torch.ops.rnn.lstm_forward(x, w_ih, bias, h0, c0, w_hh, sizes, reverse, False)
     return h, (rows_at_the_end(h, sizes, reverse), end)
 
@@ -107,7 +144,7 @@ class FusedLSTM(torch.autograd.Function):
         da, dh0, dc0 = torch.ops.rnn.lstm_backward(dh, dc, gates, c, c0, w_hh, ctx.sizes,
                                                    ctx.reverse)  # (N, 4H), (B, H), (B, H)
         # Products of tall matrices are quickest with the narrow one of the two transposed.
-        mm = torch.ops.rnn.mm
+        mm = torch.ops.rnn.mm if da.device.type == "cpu" else torch.mm
         dw_ih = mm(x.t(), da).t()  # (4H, I)
         dw_hh = mm(rows_before(h, h0, ctx.sizes, ctx.reverse).t(), da).t()  # (4H, H)
         dx = mm(da, w_ih) if ctx.needs_input_grad[0] else None  # (N, I)

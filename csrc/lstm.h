@@ -24,7 +24,8 @@
 //           never grow, and sizes[0] is B. A sequence's state starts from h0, c0 at the first of
 //           its steps that the walk meets, and stays when there are no more.
 //
-// Tensors   Inputs are only read, results are new. All are of one type, float32 or float64.
+// Tensors   Inputs are only read, results are new. All are of one type, float32 or float64, on
+//           CUDA also float16 or bfloat16.
 //           A number is always summed in the same order, whatever the threads: results are the
 //           same bits from run to run and for any number of threads.
 #pragma once
@@ -89,9 +90,10 @@ inline void check_matrix(const char* name, const at::Tensor& t, const at::Tensor
 inline int64_t check_w_hh(const at::Tensor& w) {
   TORCH_CHECK(w.dim() == 2 && w.size(1) >= 1 && w.size(0) % 4 == 0 && w.size(0) / 4 == w.size(1),
               "lstm: w_hh must be (4H, H), got ", w.sizes());
-  TORCH_CHECK(w.scalar_type() == at::kFloat || w.scalar_type() == at::kDouble ||
-              w.scalar_type() == at::kBFloat16,
-              "lstm: float32, float64 or bfloat16 expected, got ", w.scalar_type());
+  const auto type = w.scalar_type();
+  TORCH_CHECK(type == at::kFloat || type == at::kDouble || type == at::kBFloat16 ||
+                  (type == at::kHalf && w.is_cuda()),
+              "lstm: float32, float64 or bfloat16 expected, got ", type);
   check_matrix("w_hh", w, w, w.size(0), w.size(1));
   return w.size(1);
 }

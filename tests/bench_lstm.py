@@ -3,11 +3,13 @@
     python tests/bench_lstm.py                       the whole table (about ten minutes)
     python tests/bench_lstm.py --threads 2 --work train --seconds 1 --shapes 0 3
     python tests/bench_lstm.py --memory              peak memory of training steps instead
+    python tests/bench_lstm.py --device cuda --seconds 0.5       on a GPU: nn.LSTM is cuDNN's
 
 Every shape is first checked for equality, outputs and gradients. Then the three run by turns, over
 and over, on the same input; what is printed are medians, and the medians of the ratios of
 neighbours, since machines are noisy. roof: what part of the speed of one large matrix product
-(2048 x 2048 in float32, measured just before) the layer's arithmetic reaches.
+(2048 x 2048 in float32, measured just before) the layer's arithmetic reaches. On a GPU the times
+are those of CUDA events, and TF32 is off: all three compute with float32's own products.
 """
 
 import argparse
@@ -27,26 +29,37 @@ import rnn
 SHAPES = [(32, 35, 64, 256), (50, 50, 65, 128), (64, 100, 128, 512), (1, 100, 64, 256),
           (128, 128, 256, 256), (16, 64, 32, 64), (64, 256, 256, 512), (8, 64, 128, 128)]
 
+GPU_SHAPES = [(B, T, H, H) for B in (16, 64) for T in (128, 1024) for H in (256, 512, 768, 1024)]
+TYPES = ["float32", "float64", "float16", "bfloat16"]
 
-def timed(function, calls=1):
+
+def timed(function, calls=1, device="cpu"):
     """Seconds per call, of so many calls in a row."""
+    if device == "cuda":
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        for _ in range(calls):
+            function()
+        last.record()
+        last.synchronize()
+        return first.elapsed_time(last) / 1e3 / calls
     begin = time.perf_counter()
     for _ in range(calls):
         function()
     return (time.perf_counter() - begin) / calls
 
 
-def interleaved(functions, seconds):
+def interleaved(functions, seconds, device="cpu"):
     """The times of each function, by turns, at least three and for so long. A turn is as many
     calls as fit into 20 ms, so that none meets only the caches that another one has left."""
     for function in functions:
         function()  # warm up
-    calls = [max(1, int(0.02 / timed(function))) for function in functions]
+    calls = [max(1, int(0.02 / timed(function, 1, device))) for function in functions]
     times = [[] for _ in functions]
     begin = time.perf_counter()
     while len(times[0]) < 3 or time.perf_counter() - begin < seconds:
         for function, n, column in zip(functions, calls, times):
-            column.append(timed(function, n))
+            column.append(timed(function, n, device))
     return times
 
 
@@ -54,20 +67,22 @@ def ratio(slow, fast):
     return statistics.median(a / b for a, b in zip(slow, fast))
 
 
-def setup(shape, work, dtype=torch.float32, check=True):
+def setup(shape, work, check=True, device="cpu", dtype=torch.float32):
     """The three rivals as functions without arguments, and the arithmetic of one call in flop."""
     B, T, I, H = shape
     torch.manual_seed(0)
-    theirs, fused = nn.LSTM(I, H), rnn.LSTM(I, H)
+    low = device == "cpu" and dtype == torch.bfloat16  # under autocast, as one trains on a CPU
+    like = dict(device=device, dtype=torch.float32 if low else dtype)
+    theirs, fused = nn.LSTM(I, H, **like), rnn.LSTM(I, H, **like)
     fused.load_state_dict(theirs.state_dict())
 
     class Plain(rnn.LSTM):
         def step(self, *args):  # any step but lstm_step itself takes the plain path
             return rnn.lstm_step(*args)
 
-    plain = Plain(I, H)
+    plain = Plain(I, H, **like)
     plain.load_state_dict(theirs.state_dict())
-    x = torch.randn(T, B, I)
+    x = torch.randn(T, B, I, **like)
     rows = T * B
     if work == "packed":
         lengths = torch.randint(1, T + 1, (B,))
@@ -75,9 +90,9 @@ def setup(shape, work, dtype=torch.float32, check=True):
         rows = int(lengths.sum())
         x = pack_padded_sequence(x, lengths, enforce_sorted=False)
     data = (x.data if work == "packed" else x).requires_grad_(work != "infer")
-    autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
-    close = 1e-4 if dtype == torch.float32 else 3e-2  # of the largest
-    weight = torch.randn(rows, H).view(*data.shape[:-1], H)
+    autocast = torch.autocast("cpu", dtype, enabled=low)
+    close = 3e-2 if low else 1e-4  # of the largest
+    weight = torch.randn(rows, H, **like).view(*data.shape[:-1], H)
 
     def step(layer):
         def run():
@@ -132,14 +147,58 @@ def memory_table(shapes):
         print(line, flush=True)
 
 
+def cpu_table(work, name, threads, args):
+    print(f"\n{work}, {name}, {threads} threads\n    B    T    I    H   fused ms  nn.LSTM/"
+          "fused  plain/fused   roof", flush=True)
+    a = torch.randn(2048, 2048)
+    over_nn, over_plain = [], []
+    for k in args.shapes:
+        functions, flop = setup(SHAPES[k], work, dtype=getattr(torch, name))
+        if args.no_plain:
+            functions = functions[:2]
+        gemm = interleaved([lambda: a @ a], 0.3)[0]
+        times = interleaved(functions, args.seconds)
+        over_nn.append(ratio(times[1], times[0]))
+        over_plain.append(ratio(times[-1], times[0]))
+        fused = statistics.median(times[0])
+        roof = flop / fused / (2 * 2048**3 / statistics.median(gemm))
+        print("".join(f"{n:5}" for n in SHAPES[k]) + f"{fused * 1e3:11.3f}"
+              f"{over_nn[-1]:15.2f}{over_plain[-1]:13.2f}{roof:7.0%}", flush=True)
+    print(f"geometric mean{statistics.geometric_mean(over_nn):32.2f}"
+          f"{statistics.geometric_mean(over_plain):13.2f}   "
+          f"(least {min(over_nn):.2f}, {min(over_plain):.2f})", flush=True)
+
+
+def gpu_tables(works, types, seconds):
+    torch.backends.cudnn.allow_tf32 = False
+    for name in types:
+        dtype = getattr(torch, name)
+        for work in works:
+            print(f"\n{work}, {name}, {torch.cuda.get_device_name()}\n    B    T    I    H   fused "
+                  "ms  nn.LSTM ms  nn.LSTM/fused  plain/fused", flush=True)
+            over_nn = []
+            for shape in GPU_SHAPES:
+                # In 16 bits the sums of a thousand steps differ too much for this check
+                check = dtype in (torch.float32, torch.float64)
+                functions, _ = setup(shape, work, check, "cuda", dtype)
+                fused, theirs, plain = interleaved(functions, seconds, "cuda")
+                over_nn.append(ratio(theirs, fused))
+                print("".join(f"{n:5}" for n in shape) + f"{statistics.median(fused) * 1e3:11.3f}"
+                      f"{statistics.median(theirs) * 1e3:12.3f}{over_nn[-1]:15.2f}"
+                      f"{ratio(plain, fused):13.2f}", flush=True)
+            print(f"geometric mean{statistics.geometric_mean(over_nn):44.2f}   "
+                  f"(least {min(over_nn):.2f})", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--work", nargs="+", default=["train", "infer", "packed"])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=TYPES, nargs="+",
+                        help="default: on a CPU float32, on a GPU all")
     parser.add_argument("--shapes", type=int, nargs="+", default=range(len(SHAPES)))
     parser.add_argument("--seconds", type=float, default=4.0, help="for each line of the table")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"],
-                        help="bfloat16: under autocast")
     parser.add_argument("--no-plain", action="store_true")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--peak", type=int, nargs=2, help=argparse.SUPPRESS)
@@ -147,30 +206,17 @@ def main():
     rnn.build()
     if args.peak:
         return print(peak_memory(SHAPES[args.peak[0]], args.peak[1]))
+    if args.device == "cuda":
+        if not rnn.fused.has_cuda:
+            parser.error("the fused LSTM was built without CUDA")
+        return gpu_tables(args.work, args.dtype or TYPES, args.seconds)
     if args.memory:
         return memory_table(args.shapes)
-    a = torch.randn(2048, 2048)
     for threads in args.threads:
         torch.set_num_threads(threads)
-        for work in args.work:
-            print(f"\n{work}, {args.dtype}, {threads} threads\n    B    T    I    H   fused ms  nn.LSTM/"
-                  "fused  plain/fused   roof", flush=True)
-            over_nn, over_plain = [], []
-            for k in args.shapes:
-                functions, flop = setup(SHAPES[k], work, getattr(torch, args.dtype))
-                if args.no_plain:
-                    functions = functions[:2]
-                gemm = interleaved([lambda: a @ a], 0.3)[0]
-                times = interleaved(functions, args.seconds)
-                over_nn.append(ratio(times[1], times[0]))
-                over_plain.append(ratio(times[-1], times[0]))
-                fused = statistics.median(times[0])
-                roof = flop / fused / (2 * 2048**3 / statistics.median(gemm))
-                print("".join(f"{n:5}" for n in SHAPES[k]) + f"{fused * 1e3:11.3f}"
-                      f"{over_nn[-1]:15.2f}{over_plain[-1]:13.2f}{roof:7.0%}", flush=True)
-            print(f"geometric mean{statistics.geometric_mean(over_nn):32.2f}"
-                  f"{statistics.geometric_mean(over_plain):13.2f}   "
-                  f"(least {min(over_nn):.2f}, {min(over_plain):.2f})", flush=True)
+        for name in args.dtype or ["float32"]:
+            for work in args.work:
+                cpu_table(work, name, threads, args)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,53 @@ def path(request, monkeypatch):
     return request.param
 
 
+# Where and in which type the fused LSTM runs: device, RNN_PERSISTENT, type. On CUDA it has two
+# forms, and each must be seen to work: 0 forces the stepwise one, 1 the persistent one.
+PLACES = [("cpu", "", dtype) for dtype in (torch.float32, torch.float64, torch.bfloat16)]
+PLACES += [("cuda", "0", dtype) for dtype in (torch.float32, torch.float64, torch.float16,
+                                              torch.bfloat16)]
+PLACES += [("cuda", "1", dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)]
+
+
+def name_of(place):
+    form = {"": "", "0": "-stepwise", "1": "-persistent"}[place[1]]
+    return place[0] + form + "-" + str(place[2]).removeprefix("torch.")
+
+
+@pytest.fixture(params=PLACES, ids=name_of)
+def place(request, monkeypatch):
+    """Device and type, for a test whose body is the same for all."""
+    device, form, dtype = request.param
+    if device == "cuda":
+        need_gpu()
+        monkeypatch.setenv("RNN_PERSISTENT", form)
+    return device, dtype
+
+
+def need_gpu():
+    """Skips the test unless the fused LSTM can run on a GPU here."""
+    import rnn
+
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    build_fused()
+    if not rnn.fused.has_cuda:
+        pytest.skip("the fused LSTM was built without CUDA: no toolkit that fits torch's")
+
+
+def close(ours, theirs, dtype, times=16):
+    """Compares results computed in `dtype`, anywhere, with the same in float64 on the CPU. A sum of
+    rounded products errs by a few units in the last place of its largest terms, and errors are
+    handed on through a few steps: so many times the type's eps, relative to the largest entry."""
+    for a, b in zip(ours, theirs, strict=True):
+        if b is None or b.numel() == 0:
+            assert a is None or a.shape == b.shape
+            continue
+        assert a.dtype == dtype and a.shape == b.shape
+        bound = times * torch.finfo(dtype).eps * max(1.0, float(b.detach().abs().max()))
+        torch.testing.assert_close(a.detach().cpu().double(), b.detach(), rtol=0, atol=bound)
+
+
 def build_fused():
     """Only a machine without a compiler may skip what needs the fused LSTM."""
     import rnn
