@@ -80,7 +80,7 @@ def need_gpu():
         pytest.skip("the fused LSTM was built without CUDA: no toolkit that fits torch's")
 
 
-def close(ours, theirs, dtype, times=16):
+def close(ours, theirs, dtype, times=32):
     """Compares results computed in `dtype`, anywhere, with the same in float64 on the CPU. A sum of
     rounded products errs by a few units in the last place of its largest terms, and errors are
     handed on through a few steps: so many times the type's eps, relative to the largest entry."""
