@@ -87,13 +87,21 @@ def _register_shapes():
         return a.new_empty(a.shape[0], b.shape[1])
 
 
+def type_of(x):
+    """x's own, or the one that autocast wants; like torch's own it leaves float64 alone."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
 def can_run(x):
     """Whether the operators serve this input now. Not inside torch.func's transforms (vmap, grad,
     jvp) and forward mode, which they know nothing about."""
     types = {"cpu": (torch.float32, torch.float64, torch.bfloat16)}
     if has_cuda:
         types["cuda"] = (*types["cpu"], torch.float16)
-    return (x.dtype in types.get(x.device.type, ())
+    return (x.device.type in types and type_of(x) in types[x.device.type]
             and not torch._C._are_functorch_transforms_active()
             and torch.autograd.forward_ad._current_level < 0)
 
@@ -103,15 +111,13 @@ def lstm(x, h0, c0, w_ih, bias, w_hh, sizes, reverse, plain):
     -> h after every row's step, (N, H), and the state at the end, a tuple of (B, H). `plain`
     computes h and c, (N, H), from the first eight arguments with torch's own operators."""
     inputs = (x, h0, c0, w_ih, bias, w_hh)
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:  # as torch's own autocast
-        inputs = tuple(t.to(torch.get_autocast_dtype(device)) for t in inputs)
+    if torch.is_autocast_enabled(x.device.type):
+        inputs = tuple(t.to(type_of(x)) for t in inputs)
         x, h0, c0, w_ih, bias, w_hh = inputs
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
         h, c = FusedLSTM.apply(*inputs, sizes, reverse, plain)
         end = rows_at_the_end(c, sizes, reverse)
     else:
-        x, h0, c0, w_ih, bias, w_hh = inputs
         h, end, _ = torch.ops.rnn.lstm_forward(x, w_ih, bias, h0, c0, w_hh, sizes, reverse, False)
     return h, (rows_at_the_end(h, sizes, reverse), end)
 

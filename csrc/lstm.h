@@ -24,8 +24,8 @@
 //           never grow, and sizes[0] is B. A sequence's state starts from h0, c0 at the first of
 //           its steps that the walk meets, and stays when there are no more.
 //
-// Tensors   Inputs are only read, results are new. All are of one type, float32 or float64, on
-//           CUDA also float16 or bfloat16.
+// Tensors   Inputs are only read, results are new. All are of one type: float32, float64 or
+//           bfloat16, on CUDA also float16.
 //           A number is always summed in the same order, whatever the threads: results are the
 //           same bits from run to run and for any number of threads.
 #pragma once

@@ -8,7 +8,7 @@ import os
 
 import pytest
 import torch
-from conftest import need_gpu
+from conftest import build_fused, need_gpu
 from test_fused import random_case, tensors
 from torch import nn
 
@@ -192,6 +192,7 @@ def toolkit(monkeypatch, tmp_path):
     """A function that pretends: torch's CUDA version, and what the toolkit's nvcc says."""
     from torch.utils import cpp_extension
 
+    build_fused()
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
 
     def pretend(torch_cuda, says):

@@ -252,6 +252,8 @@ def test_torch_func_takes_the_plain_path():
 def test_other_types_take_the_plain_path():
     layer, x = small_layer()
     assert not rnn.fused.can_run(x.half())
+    with torch.autocast("cpu", torch.float16):
+        assert not rnn.fused.can_run(x) and layer(x)[0].dtype == torch.float16
     assert layer.half()(x.half())[0].dtype == torch.float16
 
 
