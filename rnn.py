@@ -841,10 +841,10 @@ class Batches:
             raise ValueError(f"batch and context must be at least 1, got {batch} and {context}")
         if order not in ("sequential", "random"):
             raise ValueError(f"order must be 'sequential' or 'random', got '{order}'")
-        if len(ids) < batch * context + 1:
-            raise ValueError(f"a text of {len(ids)} symbols is too short: one batch of {batch} x "
-                             f"{context} and the symbol after it need {batch * context + 1}; "
-                             "give more text, or a smaller batch or context")
+        needed = (batch if order == "sequential" else 1) * context + 1
+        if len(ids) < needed:
+            raise ValueError(f"a text of {len(ids)} symbols is too short: {batch=}, {context=} in "
+                             f"{order} order need {needed}; give more, or make those smaller")
         self.ids, self.batch, self.context = ids, batch, context
         self.carries_state = order == "sequential"
         self.position = 0  # how far every row has read, in symbols

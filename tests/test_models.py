@@ -386,7 +386,8 @@ def test_random_batches_are_windows_and_repeat_with_the_seed():
 
 
 @pytest.mark.parametrize("arguments,message", [
-    ((2, 50), "a text of 100 symbols is too short: one batch of 2 x 50 .* need 101"),
+    ((2, 50), "a text of 100 symbols is too short: batch=2, context=50 .* need 101"),
+    ((2, 100, "random"), "a text of 100 symbols is too short: .* in random order need 101"),
     ((0, 5), "at least 1, got 0 and 5"), ((2, 5, "shuffled"), "got 'shuffled'"),
 ])
 def test_batches_wrong_arguments(arguments, message):
