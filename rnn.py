@@ -472,11 +472,10 @@ class CellBase(nn.Module):
         name, B = type(self).__name__, input.shape[:-1]  # () or (B,)
         state = (input.new_zeros(*B, self.hidden_size),) * self.states if hx is None else hx
         state = (state,) if isinstance(state, torch.Tensor) else tuple(state)
-        for value in (input, *state):
+        for value, width in ((input, self.input_size), *((s, self.hidden_size) for s in state)):
             if value.dim() not in (1, 2):
                 raise ValueError(f"{name}: Expected input and hx to be 1D or 2D, "
                                  f"got {value.dim()}D instead")
-        for value, width in ((input, self.input_size), *((s, self.hidden_size) for s in state)):
             if value.shape != (*B, width):
                 raise RuntimeError(f"{name}: Expected input {(*B, self.input_size)} and hx "
                                    f"{(*B, self.hidden_size)}, got {tuple(value.shape)}")
@@ -989,18 +988,16 @@ def save(path, model, vocab, **training):
                "training": training}
     partial = f"{path}.{os.getpid()}.partial"
     try:
-        try:
-            with open(partial, "wb") as file:
-                torch.save(content, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except BaseException:
-            if os.path.exists(partial):
-                os.unlink(partial)
-            raise
+        with open(partial, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
     except (OSError, RuntimeError) as error:
         raise OSError(f"cannot write the checkpoint {path}: {error}") from error
+    finally:
+        if os.path.exists(partial):
+            os.unlink(partial)
 
 
 def load(path, device="cpu"):

@@ -21,6 +21,7 @@ POEMS = ["床前明月光,疑是地上霜。举头望明月,低头思故乡。",
          "春眠不觉晓,处处闻啼鸟。夜来风雨声,花落知多少。",  # Meng Haoran
          "千山鸟飞绝,万径人踪灭。孤舟蓑笠翁,独钓寒江雪。"]  # Liu Zongyuan
 TEXT = "".join(POEMS)
+CELLS = ("rnn", "lstm", "gru")
 
 
 def learn(cell="rnn", layers=2, context=10, steps=400, seed=0):
@@ -50,7 +51,7 @@ def test_the_poems_come_back():
 
 def main():
     rows, curves = [], {}
-    for cell in ("rnn", "lstm", "gru"):
+    for cell in CELLS:
         for layers in (1, 2):
             runs = [learn(cell, layers, seed=seed) for seed in range(5)]
             curves[cell, layers] = [history for _, _, history in runs]
@@ -70,7 +71,7 @@ def main():
             losses = torch.tensor([[value for _, _, value in h] for h in histories])
             steps = [step for step, _, _ in histories[0]]
             axes.plot(steps, losses.median(0).values, label=f"{cell}, {layers} layer(s)",
-                      linestyle="-" if layers == 2 else "--")
+                      color=f"C{CELLS.index(cell)}", linestyle="-" if layers == 2 else "--")
         axes.set(title="Four poems: loss on the text, median of 5 seeds", xlabel="step",
                  ylabel="nats per character", yscale="log")
         axes.legend()

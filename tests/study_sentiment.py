@@ -155,7 +155,7 @@ def main():
             curves[cell, layers, bidirectional] = runs[0][1]
         rows.append([cell, *("; ".join(f"{a:.1%}" for a in value)
                              for key, value in found.items() if key[0] == cell)])
-        show_table(["cell", "1 layer", "2 layers", "3 layers", "1, both directions"], rows[-1:])
+    show_table(["cell", "1 layer", "2 layers", "3 layers", "1, both directions"], rows)
 
     def draw(axes):
         for cell in CELLS:

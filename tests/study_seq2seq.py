@@ -48,7 +48,7 @@ def tensors(vocab, pairs):
     return source, lengths, target
 
 
-def learn(pairs, cell="gru", steps=600, seed=0, hidden=64):
+def learn(pairs, cell="gru", steps=500, seed=0, hidden=128):
     """A model trained on the pairs by teacher forcing, and its vocabulary."""
     vocab = rnn.Vocab.of("".join(map("".join, pairs)), specials=rnn.SPECIALS)
     source, lengths, target = tensors(vocab, pairs)
@@ -98,7 +98,7 @@ def held_out(make, pairs):
 
 def test_dates():
     pairs = dates(6000, 0)
-    model, vocab = learn(pairs, steps=500)
+    model, vocab = learn(pairs, steps=600, hidden=64)
     assert exact_matches(model, vocab, held_out(dates, pairs)) >= 0.99
 
 
@@ -107,7 +107,7 @@ def test_short_strings_backwards():
         return strings(number, seed, longest=6)
 
     pairs = short(30000, 0)
-    model, vocab = learn(pairs, steps=600)
+    model, vocab = learn(pairs)
     held = held_out(short, pairs)
     assert exact_matches(model, vocab, held) >= 0.99
     assert mirrored(model, vocab, held) > 0.8  # it looks where the letter is
@@ -115,7 +115,7 @@ def test_short_strings_backwards():
 
 def main():
     rows, kept = [], {}
-    for name, make, number, steps in (("dates", dates, 6000, 600),
+    for name, make, number, steps in (("dates", dates, 6000, 500),
                                       ("strings", strings, 60000, 1500)):
         pairs = make(number, 0)
         held = held_out(make, pairs)
@@ -134,7 +134,7 @@ def main():
             ids, _, weights = model.translate(vocab.encode(text)[None], [len(text)])
             ax.imshow(weights[0], cmap="Blues", vmin=0, vmax=1)  # (M, T)
             ax.set(title=f"{text} -> {vocab.decode(ids[0, :-1])}", xlabel="read", ylabel="written",
-                   xticks=range(len(text)), xticklabels=list(text),
+                   xticks=range(len(text)), xticklabels=text.replace(" ", "␣"),
                    yticks=range(ids.shape[1]), yticklabels=[*vocab.decode(ids[0, :-1]), "end"])
 
     save_figure("seq2seq", draw, ncols=2, figsize=(9, 4.5))
