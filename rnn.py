@@ -813,7 +813,7 @@ class Vocab:
 
 def pad(sequences, value=PAD):
     """Sequences of ids, of any lengths -> ids (B, T) with `value` after each end, lengths (B,)."""
-    sequences = [torch.as_tensor(ids) for ids in sequences]
+    sequences = [torch.as_tensor(ids, dtype=torch.long) for ids in sequences]
     lengths = torch.tensor([len(ids) for ids in sequences])
     return nn.utils.rnn.pad_sequence(sequences, True, padding_value=value), lengths
 

@@ -308,6 +308,8 @@ def test_pad_and_back():
     again, sizes = pad_packed_sequence(packed, batch_first=True)
     assert torch.equal(again[..., 0], ids[:, :7]) and torch.equal(sizes, lengths)
     assert torch.equal(rnn.pad(each, value=9)[0] == 9, ids[:, :7] == 0)
+    empty = rnn.pad([[1, 2], []])
+    assert empty[0].tolist() == [[1, 2], [0, 0]] and empty[1].tolist() == [2, 0]
 
 
 def test_buckets_are_an_epoch_of_similar_lengths():
