@@ -714,8 +714,9 @@ class Seq2Seq(nn.Module):
 
     def translate(self, source, lengths, beam=1, length=100):
         """The decoder reads its own output, to EOS or for `length` symbols. beam: so many targets
-        are kept at every step, the likeliest so far; 1 is greedy. Returns of the best targets ids
-        (B, M), after its end all EOS; ln of the probability (B,); weights (B, M, T)."""
+        are kept at every step, the likeliest so far; 1 is greedy. Returns the best target of each
+        source: ids (B, M), all EOS after its end; ln of its probability (B,); weights (B, M, T).
+        Raises ValueError for a beam or length below 1."""
         if beam < 1 or length < 1:
             raise ValueError(f"beam and length must be at least 1, got {beam} and {length}")
         with evaluating(self):
@@ -730,11 +731,11 @@ class Seq2Seq(nn.Module):
             total[:, 0] = 0.0
             for _ in range(length):
                 logits, looks, state = self.decode(ids[:, -1:], memory, valid, state)
-                chances = logits[:, -1].log_softmax(dim=-1)  # (B * beam, V)
-                ended = ids[:, -1] == EOS
-                chances[ended] = -math.inf
-                chances[ended, EOS] = 0.0
-                total = (total[..., None] + chances.view(B, beam, V)).flatten(1)  # (B, beam * V)
+                logp = logits[:, -1].log_softmax(dim=-1)  # (B * beam, V)
+                ended = ids[:, -1] == EOS  # these go on with EOS for certain, and stay as they are
+                logp[ended] = -math.inf
+                logp[ended, EOS] = 0.0
+                total = (total[..., None] + logp.view(B, beam, V)).flatten(1)  # (B, beam * V)
                 total, best = total.topk(beam)  # (B, beam) each
                 first = torch.arange(B, device=best.device)[:, None] * beam
                 rows = (first + best // V).flatten()  # the rows that go on, (B * beam,)

@@ -214,12 +214,12 @@ def test_padding_never_leaks_into_a_translation(cell, layers):
         torch.testing.assert_close(weights[b, :, :len(x)], looks[0], **TIGHT)
         assert not weights[b, :, len(x):].any()
     for beam in (1, 3):
-        ids_out, chances, _ = model.translate(ids, lengths, beam, 6)
+        ids_out, logp, _ = model.translate(ids, lengths, beam, 6)
         for b, x in enumerate(each):
-            alone, chance, _ = model.translate(x[None], [len(x)], beam, 6)
+            alone, one, _ = model.translate(x[None], [len(x)], beam, 6)
             n = alone.shape[1]
             assert torch.equal(ids_out[b, :n], alone[0]) and (ids_out[b, n:] == rnn.EOS).all()
-            torch.testing.assert_close(chances[b], chance[0], **TIGHT)
+            torch.testing.assert_close(logp[b], one[0], **TIGHT)
 
 
 def test_attention_and_start_equal_torch_modules():
@@ -249,17 +249,17 @@ def test_a_beam_of_one_is_greedy(cell):
     """One symbol at a time through `forward`, which reads the whole target again every time."""
     model = translator(cell)
     ids, lengths, _ = sentences()
-    result, chances, weights = model.translate(ids, lengths, beam=1, length=6)
+    result, logp, weights = model.translate(ids, lengths, beam=1, length=6)
     for b in range(4):
-        target, chance = [rnn.BOS], 0.0
+        target, one = [rnn.BOS], 0.0
         while len(target) <= 6 and target[-1] != rnn.EOS:
             logits, looks = model(ids[b : b + 1], lengths[b : b + 1], torch.tensor([target]))
             scores = logits[0, -1].log_softmax(-1)
-            chance += scores.max().item()
+            one += scores.max().item()
             target.append(scores.argmax().item())
         n = len(target) - 1
         assert result[b, :n].tolist() == target[1:] and (result[b, n:] == rnn.EOS).all()
-        assert chances[b].item() == pytest.approx(chance, rel=1e-12)
+        assert logp[b].item() == pytest.approx(one, rel=1e-12)
         torch.testing.assert_close(weights[b, :n], looks[0], **TIGHT)
 
 
@@ -270,9 +270,9 @@ def test_a_beam_of_full_width_finds_the_likeliest():
     with torch.no_grad():
         model.output.weight *= 8
     ids, lengths = rnn.pad([torch.randint(3, 5, (n,)) for n in (1, 2, 3, 4, 5, 6)])
-    result, chances, _ = model.translate(ids, lengths, beam=5**3, length=3)
+    result, logp, _ = model.translate(ids, lengths, beam=5**3, length=3)
     greedy = model.translate(ids, lengths, beam=1, length=3)[1]
-    assert (greedy < chances - 1e-6).any() and (greedy <= chances + 1e-12).all()
+    assert (greedy < logp - 1e-6).any() and (greedy <= logp + 1e-12).all()
     for b in range(len(ids)):
         best = (-math.inf, None)
         for target in itertools.product(range(5), repeat=3):
@@ -281,7 +281,7 @@ def test_a_beam_of_full_width_finds_the_likeliest():
             read = torch.tensor([[rnn.BOS, *target[:-1]]])
             logits = model(ids[b : b + 1], lengths[b : b + 1], read)[0][0].log_softmax(-1)
             best = max(best, (sum(row[s].item() for row, s in zip(logits, target)), target))
-        assert chances[b].item() == pytest.approx(best[0], rel=1e-12)
+        assert logp[b].item() == pytest.approx(best[0], rel=1e-12)
         assert tuple(result[b].tolist())[: len(best[1])] == best[1]
 
 
@@ -290,9 +290,9 @@ def test_translation_ends_early_and_leaves_the_model_as_it_was():
     with torch.no_grad():
         model.output.bias[rnn.EOS] = 100
     ids, lengths, _ = sentences()
-    result, chances, weights = model.translate(ids, lengths, beam=2)
+    result, logp, weights = model.translate(ids, lengths, beam=2)
     assert result.tolist() == [[rnn.EOS]] * 4 and weights.shape == (4, 1, 8)
-    assert model.training and not chances.requires_grad
+    assert model.training and not logp.requires_grad
     for beam, length in ((0, 5), (1, 0)):
         with pytest.raises(ValueError, match=f"got {beam} and {length}"):
             model.translate(ids, lengths, beam, length)
