@@ -251,15 +251,15 @@ def test_a_beam_of_one_is_greedy(cell):
     ids, lengths, _ = sentences()
     result, logp, weights = model.translate(ids, lengths, beam=1, length=6)
     for b in range(4):
-        target, one = [rnn.BOS], 0.0
+        target, expected = [rnn.BOS], 0.0
         while len(target) <= 6 and target[-1] != rnn.EOS:
             logits, looks = model(ids[b : b + 1], lengths[b : b + 1], torch.tensor([target]))
             scores = logits[0, -1].log_softmax(-1)
-            one += scores.max().item()
+            expected += scores.max().item()
             target.append(scores.argmax().item())
         n = len(target) - 1
         assert result[b, :n].tolist() == target[1:] and (result[b, n:] == rnn.EOS).all()
-        assert logp[b].item() == pytest.approx(one, rel=1e-12)
+        assert logp[b].item() == pytest.approx(expected, rel=1e-12)
         torch.testing.assert_close(weights[b, :n], looks[0], **TIGHT)
 
 
