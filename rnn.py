@@ -47,7 +47,7 @@ from collections import Counter
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 # ----------------------------------------------------------------------------------------------
 # Cells: one step in time, as pure functions
@@ -69,10 +69,11 @@ def lstm_step(gx, state, p):
     i, f, g, o = (gx + F.linear(h, p.weight_hh, p.bias_hh)).chunk(4, dim=-1)  # 4 x (B, H)
     i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
     c = f * c + i * g
-    h = o * c.tanh()
-    if p.weight_hr is not None:
-        h = F.linear(h, p.weight_hr)  # (B, P)
-    return {"h": h, "c": c, "i": i, "f": f, "g": g, "o": o}
+    return {"h": project(o * c.tanh(), p), "c": c, "i": i, "f": f, "g": g, "o": o}
+
+
+def project(h, p):
+    return h if p.weight_hr is None else F.linear(h, p.weight_hr)  # (B, H) -> (B, P)
 
 
 def gru_step(gx, state, p):
@@ -95,6 +96,31 @@ def original_gru_step(gx, state, p):
     r, z = a.sigmoid().chunk(2, dim=-1)  # 2 x (B, H)
     n = (gx[:, 2 * H :] + F.linear(r * h, p.weight_hh[2 * H :])).tanh()  # (B, H)
     return {"h": (1 - z) * n + z * h, "r": r, "z": z, "n": n}
+
+
+def peephole_step(gx, state, p):
+    """Gers & Schmidhuber 2000: the gates also see the cell state, each unit its own."""
+    h, c = state  # (B, H) each
+    i, f, g, o = (gx + F.linear(h, p.weight_hh, p.bias_hh)).chunk(4, dim=-1)  # 4 x (B, H)
+    see_i, see_f, see_o = p.weight_peep.chunk(3)  # (H,) each
+    i, f, g = (i + see_i * c).sigmoid(), (f + see_f * c).sigmoid(), g.tanh()
+    c = f * c + i * g
+    o = (o + see_o * c).sigmoid()  # sees the new one
+    return {"h": project(o * c.tanh(), p), "c": c, "i": i, "f": f, "g": g, "o": o}
+
+
+def layer_norm_lstm_step(gx, state, p):
+    """Ba et al. 2016: both products are normalized, before the biases are added; so is c' on its
+    way to h', but not on its way to the next step."""
+    h, c = state  # (B, H) each
+    b_ih, b_hh = (0, 0) if p.bias_ih is None else (p.bias_ih, p.bias_hh)  # b_ih is part of gx
+    a = F.layer_norm(gx - b_ih, gx.shape[-1:], p.norm_ih) + b_ih + b_hh
+    a = a + F.layer_norm(F.linear(h, p.weight_hh), gx.shape[-1:], p.norm_hh)  # (B, 4H)
+    i, f, g, o = a.chunk(4, dim=-1)  # 4 x (B, H)
+    i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+    c = f * c + i * g
+    h = o * F.layer_norm(c, c.shape[-1:], p.norm_c, p.bias_c).tanh()
+    return {"h": project(h, p), "c": c, "i": i, "f": f, "g": g, "o": o}
 
 
 class Parameters:
@@ -148,6 +174,7 @@ class RNNBase(nn.Module):
 
     step, gates, states = None, 1, 1  # the cell; its gate blocks; tensors in its state
     nonlinearity = "tanh"
+    variational = False  # dropout: one mask for a whole sequence, not one for every step
 
     def __init__(self, input_size, hidden_size, num_layers=1, bias=True, batch_first=False,
                  dropout=0.0, bidirectional=False, proj_size=0, device=None, dtype=None):
@@ -277,7 +304,10 @@ class RNNBase(nn.Module):
         state = self._initial_state(input, hx, x, sizes[0])  # (layers * directions, B, H) each
         ends, traces = [], []
         for k in range(self.num_layers):
-            if k > 0:
+            if k > 0 and self.variational:
+                mask = F.dropout(x.new_ones(sizes[0], x.shape[-1]), self.dropout, self.training)
+                x = x * torch.cat([mask[:n] for n in sizes])  # row by row, as `scan` has them
+            elif k > 0:
                 x = F.dropout(x, self.dropout, self.training)
             outputs = []
             for d in range(self.directions):
@@ -306,7 +336,8 @@ class RNNBase(nn.Module):
 
     def _layer(self, k, d):
         """The parameters of layer k in direction d, by their names without suffix."""
-        p = dict(bias_ih=None, bias_hh=None, weight_hr=None, nonlinearity=self.nonlinearity)
+        p = dict(bias_ih=None, bias_hh=None, bias_c=None, weight_hr=None,
+                 nonlinearity=self.nonlinearity)
         for name in self.shapes(1):  # only the names are wanted here
             p[name] = getattr(self, f"{name}_l{k}" + ("_reverse" if d else ""))
         return Parameters(**p)
@@ -401,6 +432,28 @@ class OriginalGRU(GRU):
     step = staticmethod(original_gru_step)
 
 
+class PeepholeLSTM(LSTM):
+    step = staticmethod(peephole_step)
+
+    def shapes(self, reads):
+        return super().shapes(reads) | {"weight_peep": (3 * self.hidden_size,)}
+
+
+class LayerNormLSTM(LSTM):
+    step = staticmethod(layer_norm_lstm_step)
+
+    def shapes(self, reads):
+        H = self.hidden_size
+        gains = {"norm_ih": (4 * H,), "norm_hh": (4 * H,), "norm_c": (H,)}
+        return super().shapes(reads) | gains | ({"bias_c": (H,)} if self.bias else {})
+
+    def reset_parameters(self):
+        super().reset_parameters()
+        for name, value in self.named_parameters():
+            if name.startswith("norm"):
+                nn.init.ones_(value)
+
+
 class CellBase(nn.Module):
     """One step of one layer, as torch.nn's cells. input (B, I) or (I,); hx (B, H) or (H,), for
     LSTM a tuple (h, c), absent means zeros. Returns the new state. Raises ValueError for a wrong
@@ -423,11 +476,10 @@ class CellBase(nn.Module):
         name, B = type(self).__name__, input.shape[:-1]  # () or (B,)
         state = (input.new_zeros(*B, self.hidden_size),) * self.states if hx is None else hx
         state = (state,) if isinstance(state, torch.Tensor) else tuple(state)
-        for value in (input, *state):
+        for value, width in ((input, self.input_size), *((s, self.hidden_size) for s in state)):
             if value.dim() not in (1, 2):
                 raise ValueError(f"{name}: Expected input and hx to be 1D or 2D, "
                                  f"got {value.dim()}D instead")
-        for value, width in ((input, self.input_size), *((s, self.hidden_size) for s in state)):
             if value.shape != (*B, width):
                 raise RuntimeError(f"{name}: Expected input {(*B, self.input_size)} and hx "
                                    f"{(*B, self.hidden_size)}, got {tuple(value.shape)}")
@@ -491,50 +543,32 @@ def initialize(module):
 # Models
 
 
-class CharLM(nn.Module):
-    """Language model, T symbols in, T predictions out: embedding, layers, output.
+CELLS = {"rnn": RNN, "lstm": LSTM, "gru": GRU, "original_gru": OriginalGRU,
+         "peephole": PeepholeLSTM, "lnlstm": LayerNormLSTM}
+PAD, BOS, EOS = range(3)  # padding, and before and after a target: the first three symbols of a
+SPECIALS = ["<pad>", "<bos>", "<eos>"]  # vocabulary that has `specials=SPECIALS`
 
-    cell: "rnn", "lstm" or "gru". dropout: on the embedding, between layers and on the output,
-    never on the recurrence. tie: one matrix serves as embedding and as output weights, so embed
-    must equal hidden. one_hot: no embedding, the layer reads one-hot vectors (embed is not used).
-    Raises ValueError for values that do not fit."""
 
-    def __init__(self, vocab_size, embed=64, hidden=256, layers=1, cell="lstm", dropout=0.0,
-                 tie=False, one_hot=False):
-        super().__init__()
-        kinds = {"rnn": RNN, "lstm": LSTM, "gru": GRU}
-        if cell not in kinds:
-            raise ValueError(f"cell must be one of {', '.join(kinds)}, got '{cell}'")
-        if tie and (one_hot or embed != hidden):
-            raise ValueError("tie=True makes the embedding the output weights: it needs embed == "
-                             f"hidden and one_hot=False, got {embed=}, {hidden=}, {one_hot=}")
-        self.config = dict(vocab_size=vocab_size, embed=embed, hidden=hidden, layers=layers,
-                           cell=cell, dropout=dropout, tie=tie, one_hot=one_hot)
-        self.vocab_size = vocab_size
-        self.embedding = None if one_hot else nn.Embedding(vocab_size, embed)
-        self.rnn = kinds[cell](vocab_size if one_hot else embed, hidden, layers,
-                               dropout=dropout if layers > 1 else 0.0)
-        self.drop = nn.Dropout(dropout)
-        self.output = nn.Linear(hidden, vocab_size)
-        if tie:
-            self.embedding.weight = self.output.weight  # whose initial values suit the logits
+def pack(x, lengths):
+    """x (B, T, features), lengths (B,) -> PackedSequence, in any order of lengths."""
+    lengths = torch.as_tensor(lengths).cpu()
+    if lengths.shape != x.shape[:1] or lengths.min() < 1 or lengths.max() > x.shape[1]:
+        raise ValueError(f"lengths should be {len(x)} numbers from 1 to {x.shape[1]}, "
+                         f"got {lengths.tolist()}")
+    return pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
 
-    def forward(self, ids, state=None):
-        """ids (B, T) -> logits (B, T, V) and the state after them, as the layer's."""
-        if ids.dim() != 2:
-            raise ValueError(f"CharLM: Expected ids to be 2D, (B, T), got {ids.dim()}D instead")
-        ids = ids.t()  # (T, B): layers run with time first
-        if self.embedding is None:
-            x = F.one_hot(ids, self.vocab_size).to(self.output.weight.dtype)  # (T, B, V)
-        else:
-            x = self.embedding(ids)  # (T, B, embed)
-        x, state = self.rnn(self.drop(x), state)  # (T, B, H)
-        return self.output(self.drop(x)).transpose(0, 1), state  # (B, T, V)
 
-    def init_state(self, batch):
-        """The state before the first symbol: zeros, (layers, B, H), for lstm a tuple of two."""
-        zeros = self.output.weight.new_zeros(self.rnn.num_layers, batch, self.rnn.hidden_size)
-        return (zeros, zeros.clone()) if self.rnn.states == 2 else zeros
+def make_layers(cell, reads, hidden, layers, dropout, **options):
+    if cell not in CELLS:
+        raise ValueError(f"cell must be one of {', '.join(CELLS)}, got '{cell}'")
+    return CELLS[cell](reads, hidden, layers, dropout=dropout if layers > 1 else 0.0, **options)
+
+
+def embed_ids(model, ids):
+    """The vectors that stand for ids (...): of the embedding, or without one one-hot, (..., I)."""
+    if model.embedding is None:
+        return F.one_hot(ids, model.vocab_size).to(model.output.weight.dtype)
+    return model.embedding(ids)
 
 
 def map_state(function, *states):
@@ -542,12 +576,6 @@ def map_state(function, *states):
     if isinstance(states[0], torch.Tensor):
         return function(*states)
     return tuple(function(*parts) for parts in zip(*states))
-
-
-def same_state(a, b):
-    """Whether two states are equal, to a hundred thousandth of their largest number."""
-    pairs = [(a, b)] if isinstance(a, torch.Tensor) else zip(a, b)
-    return all((s - t).abs().max() <= 1e-5 * t.abs().max() for s, t in pairs)
 
 
 @contextlib.contextmanager
@@ -560,6 +588,173 @@ def evaluating(model):
             yield
     finally:
         model.train(training)
+
+
+class CharLM(nn.Module):
+    """Language model, T symbols in, T predictions out: embedding, layers, output.
+
+    cell: a name in CELLS. dropout: on the embedding, between layers and on the output, never on
+    the recurrence; variational: by one mask for all steps of a sequence (Gal & Ghahramani 2016).
+    tie: one matrix serves as embedding and as output weights, so embed must equal hidden. one_hot:
+    no embedding, the layer reads one-hot vectors (embed is not used).
+    Raises ValueError for values that do not fit."""
+
+    def __init__(self, vocab_size, embed=64, hidden=256, layers=1, cell="lstm", dropout=0.0,
+                 tie=False, one_hot=False, variational=False):
+        super().__init__()
+        if tie and (one_hot or embed != hidden):
+            raise ValueError("tie=True makes the embedding the output weights: it needs embed == "
+                             f"hidden and one_hot=False, got {embed=}, {hidden=}, {one_hot=}")
+        self.config = dict(vocab_size=vocab_size, embed=embed, hidden=hidden, layers=layers,
+                           cell=cell, dropout=dropout, tie=tie, one_hot=one_hot,
+                           variational=variational)
+        self.vocab_size = vocab_size
+        self.embedding = None if one_hot else nn.Embedding(vocab_size, embed)
+        self.rnn = make_layers(cell, vocab_size if one_hot else embed, hidden, layers, dropout)
+        self.rnn.variational = variational
+        self.dropout = nn.Dropout(dropout)
+        self.output = nn.Linear(hidden, vocab_size)
+        if tie:
+            self.embedding.weight = self.output.weight  # whose initial values suit the logits
+
+    def drop(self, x):  # (T, B, features)
+        if self.rnn.variational:
+            return x * self.dropout(torch.ones_like(x[:1]))  # (1, B, features), for all T
+        return self.dropout(x)
+
+    def forward(self, ids, state=None):
+        """ids (B, T) -> logits (B, T, V) and the state after them, as the layer's."""
+        if ids.dim() != 2:
+            raise ValueError(f"CharLM: Expected ids to be 2D, (B, T), got {ids.dim()}D instead")
+        x = embed_ids(self, ids.t())  # (T, B, I): layers run with time first
+        x, state = self.rnn(self.drop(x), state)  # (T, B, H)
+        return self.output(self.drop(x)).transpose(0, 1), state  # (B, T, V)
+
+    def init_state(self, batch):
+        """The state before the first symbol: zeros, (layers, B, H), for lstm a tuple of two."""
+        zeros = self.output.weight.new_zeros(self.rnn.num_layers, batch, self.rnn.hidden_size)
+        return (zeros, zeros.clone()) if self.rnn.states == 2 else zeros
+
+
+class Classifier(nn.Module):
+    """N -> 1: what class a sequence is of. Embedding, layers, and an output that reads the last
+    valid hidden state of each direction of the last layer. Two classes have two logits, too: their
+    difference is what a single logit would be. Arguments as of CharLM; index 0 is padding.
+    Raises ValueError for values that do not fit."""
+
+    def __init__(self, vocab_size, classes=2, embed=64, hidden=128, layers=1, cell="lstm",
+                 dropout=0.0, bidirectional=False, one_hot=False):
+        super().__init__()
+        self.config = dict(vocab_size=vocab_size, classes=classes, embed=embed, hidden=hidden,
+                           layers=layers, cell=cell, dropout=dropout, bidirectional=bidirectional,
+                           one_hot=one_hot)
+        self.vocab_size = vocab_size
+        self.embedding = None if one_hot else nn.Embedding(vocab_size, embed, padding_idx=PAD)
+        self.rnn = make_layers(cell, vocab_size if one_hot else embed, hidden, layers, dropout,
+                               batch_first=True, bidirectional=bidirectional)
+        self.drop = nn.Dropout(dropout)
+        self.output = nn.Linear(hidden * self.rnn.directions, classes)
+
+    def forward(self, ids, lengths=None):
+        """ids (B, T), padded as by `pad`, and their lengths (B,), None for all T -> logits
+        (B, classes). Padding is not read. Raises ValueError for lengths not from 1 to T."""
+        x = self.drop(embed_ids(self, ids))  # (B, T, I)
+        if lengths is not None:
+            x = pack(x, lengths)
+        _, state = self.rnn(x)
+        h = state[0] if self.rnn.states == 2 else state  # (layers * directions, B, H)
+        return self.output(self.drop(torch.cat(tuple(h[-self.rnn.directions:]), dim=-1)))
+
+
+class Seq2Seq(nn.Module):
+    """N -> M: one sequence becomes another. An encoder reads the source in both directions; a
+    decoder, which starts from the encoder's last states, predicts the target symbol by symbol. At
+    each step attention (Luong et al. 2015) looks where in the source to read: q the decoder's
+    hidden state, m_t the encoder's at source step t, both H wide,
+
+        weights = softmax over t of (W q) . m_t       h~ = tanh(W_mix [q, sum of weights * m_t])
+
+    and the output reads h~. Source and target share one vocabulary, which begins with SPECIALS.
+    Each direction of the encoder is H / 2 wide. Raises ValueError for values that do not fit."""
+
+    def __init__(self, vocab_size, embed=64, hidden=128, layers=1, cell="lstm", dropout=0.0):
+        super().__init__()
+        if hidden % 2:
+            raise ValueError(f"hidden must be even, half for each direction, got {hidden}")
+        self.config = dict(vocab_size=vocab_size, embed=embed, hidden=hidden, layers=layers,
+                           cell=cell, dropout=dropout)
+        self.vocab_size = vocab_size
+        self.embedding = nn.Embedding(vocab_size, embed, padding_idx=PAD)
+        self.encoder = make_layers(cell, embed, hidden // 2, layers, dropout, batch_first=True,
+                                   bidirectional=True)
+        self.decoder = make_layers(cell, embed, hidden, layers, dropout, batch_first=True)
+        self.drop = nn.Dropout(dropout)
+        self.query = nn.Linear(hidden, hidden, bias=False)
+        self.mix = nn.Linear(2 * hidden, hidden)
+        self.output = nn.Linear(hidden, vocab_size)
+
+    def encode(self, source, lengths):
+        """source (B, T), lengths (B,) -> memory (B, T, H), where it is valid (B, T), and the state
+        that the decoder starts from."""
+        memory, state = self.encoder(pack(self.drop(self.embedding(source)), lengths))
+        memory, _ = pad_packed_sequence(memory, batch_first=True, total_length=source.shape[1])
+        valid = torch.arange(source.shape[1]) < torch.as_tensor(lengths).cpu()[:, None]  # (B, T)
+        # Both directions of a layer side by side: (layers * 2, B, H / 2) -> (layers, B, H).
+        state = map_state(lambda s: torch.cat((s[0::2], s[1::2]), dim=-1), state)
+        return memory, valid.to(source.device), state
+
+    def decode(self, ids, memory, valid, state):
+        """The next M symbols, ids (B, M) -> logits (B, M, V), weights (B, M, T), state."""
+        q, state = self.decoder(self.drop(self.embedding(ids)), state)  # (B, M, H)
+        scores = self.query(q) @ memory.transpose(1, 2)  # (B, M, T)
+        weights = scores.masked_fill(~valid[:, None], -math.inf).softmax(dim=-1)
+        h = self.mix(torch.cat((q, weights @ memory), dim=-1)).tanh()  # (B, M, H)
+        return self.output(self.drop(h)), weights, state
+
+    def forward(self, source, lengths, target):
+        """Teacher forcing: target (B, M), from BOS on, is what the decoder reads, whatever it
+        predicts. Returns logits (B, M, V), each of the symbol after, and weights (B, M, T)."""
+        return self.decode(target, *self.encode(source, lengths))[:2]
+
+    def translate(self, source, lengths, beam=1, length=100):
+        """The decoder reads its own output, to EOS or for `length` symbols. beam: so many targets
+        are kept at every step, the likeliest so far; 1 is greedy. Returns the best target of each
+        source: ids (B, M), all EOS after its end; ln of its probability (B,); weights (B, M, T).
+        Raises ValueError for a beam or length below 1."""
+        if beam < 1 or length < 1:
+            raise ValueError(f"beam and length must be at least 1, got {beam} and {length}")
+        with evaluating(self):
+            memory, valid, state = self.encode(source, lengths)
+            B, T, V = *source.shape, self.vocab_size
+            # `beam` rows for every source, one below the other. They begin alike: one may count.
+            memory, valid = (m.repeat_interleave(beam, dim=0) for m in (memory, valid))
+            state = map_state(lambda s: s.repeat_interleave(beam, dim=1), state)
+            ids = source.new_full((B * beam, 1), BOS)
+            weights = memory.new_empty(B * beam, 0, T)
+            total = memory.new_full((B, beam), -math.inf)
+            total[:, 0] = 0.0
+            for _ in range(length):
+                logits, looks, state = self.decode(ids[:, -1:], memory, valid, state)
+                logp = logits[:, -1].log_softmax(dim=-1)  # (B * beam, V)
+                ended = ids[:, -1] == EOS  # these go on with EOS for certain, and stay as they are
+                logp[ended] = -math.inf
+                logp[ended, EOS] = 0.0
+                total = (total[..., None] + logp.view(B, beam, V)).flatten(1)  # (B, beam * V)
+                total, best = total.topk(beam)  # (B, beam) each
+                first = torch.arange(B, device=best.device)[:, None] * beam
+                rows = (first + best // V).flatten()  # the rows that go on, (B * beam,)
+                ids = torch.cat((ids[rows], (best % V).view(-1, 1)), dim=1)
+                weights = torch.cat((weights[rows], looks[rows]), dim=1)
+                state = map_state(lambda s, rows=rows: s[:, rows], state)
+                if (ids[::beam, -1] == EOS).all():  # the others can only fall further behind
+                    break
+        return ids[::beam, 1:], total[:, 0], weights[::beam]
+
+
+def same_state(a, b):
+    """Whether two states are equal, to a hundred thousandth of their largest number."""
+    pairs = [(a, b)] if isinstance(a, torch.Tensor) else zip(a, b)
+    return all((s - t).abs().max() <= 1e-5 * t.abs().max() for s, t in pairs)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -621,6 +816,21 @@ class Vocab:
         return "".join(self.symbols[k] for k in torch.as_tensor(ids).tolist())
 
 
+def pad(sequences, value=PAD):
+    """Sequences of ids, of any lengths -> ids (B, T) with `value` after each end, lengths (B,)."""
+    sequences = [torch.as_tensor(ids, dtype=torch.long) for ids in sequences]
+    lengths = torch.tensor([len(ids) for ids in sequences])
+    return nn.utils.rnn.pad_sequence(sequences, True, padding_value=value), lengths
+
+
+def buckets(lengths, batch):
+    """An epoch in batches of similar length, so that little is padded: a list of indices (B,), in
+    random order, and so are sequences of equal length."""
+    lengths, order = torch.as_tensor(lengths), torch.randperm(len(lengths))
+    chunks = order[lengths[order].argsort(stable=True)].split(batch)
+    return [chunks[k] for k in torch.randperm(len(chunks))]
+
+
 class Batches:
     """Endless chunks of a text of L symbols, ids (L,), which already sit on the device.
 
@@ -635,10 +845,10 @@ class Batches:
             raise ValueError(f"batch and context must be at least 1, got {batch} and {context}")
         if order not in ("sequential", "random"):
             raise ValueError(f"order must be 'sequential' or 'random', got '{order}'")
-        if len(ids) < batch * context + 1:
-            raise ValueError(f"a text of {len(ids)} symbols is too short: one batch of {batch} x "
-                             f"{context} and the symbol after it need {batch * context + 1}; "
-                             "give more text, or a smaller batch or context")
+        needed = (batch if order == "sequential" else 1) * context + 1
+        if len(ids) < needed:
+            raise ValueError(f"a text of {len(ids)} symbols is too short: {batch=}, {context=} in "
+                             f"{order} order need {needed}; give more, or make those smaller")
         self.ids, self.batch, self.context = ids, batch, context
         self.carries_state = order == "sequential"
         self.position = 0  # how far every row has read, in symbols
@@ -670,6 +880,11 @@ class Batches:
 def cross_entropy(logits, targets, reduction="mean"):
     """Nats per symbol, over all positions: logits (B, T, V), targets (B, T)."""
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
+
+
+def accuracy(logits, targets):
+    """The fraction of targets (...) that have the largest of the logits (..., classes)."""
+    return (logits.argmax(dim=-1) == targets).double().mean().item()
 
 
 def evaluate(model, ids, batch=64, context=256):
@@ -765,7 +980,7 @@ def generate(model, vocab, prompt="", length=500, temperature=1.0, top_k=None, s
 # ----------------------------------------------------------------------------------------------
 # Checkpoints
 
-MODELS = {"CharLM": CharLM}
+MODELS = {model.__name__: model for model in (CharLM, Classifier, Seq2Seq)}
 
 
 def save(path, model, vocab, **training):
@@ -778,18 +993,16 @@ def save(path, model, vocab, **training):
                "training": training}
     partial = f"{path}.{os.getpid()}.partial"
     try:
-        try:
-            with open(partial, "wb") as file:
-                torch.save(content, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except BaseException:
-            if os.path.exists(partial):
-                os.unlink(partial)
-            raise
+        with open(partial, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
     except (OSError, RuntimeError) as error:
         raise OSError(f"cannot write the checkpoint {path}: {error}") from error
+    finally:
+        if os.path.exists(partial):
+            os.unlink(partial)
 
 
 def load(path, device="cpu"):

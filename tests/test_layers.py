@@ -264,6 +264,8 @@ def test_copies_pickles_and_moves(kind):
 ALL_LAYERS = [pytest.param(getattr(rnn, cls), more, id=kind)
               for kind, (cls, more) in KINDS.items()]
 ALL_LAYERS += [pytest.param(rnn.OriginalGRU, {}, id="original_gru")]
+ALL_LAYERS += [pytest.param(cls, more, id=f"{cls.__name__}{'_proj' if more else ''}")
+               for cls in (rnn.PeepholeLSTM, rnn.LayerNormLSTM) for more in ({}, {"proj_size": 3})]
 
 
 @pytest.mark.parametrize("cls,more", ALL_LAYERS)
@@ -338,33 +340,106 @@ def test_trace_shows_every_state_and_gate(layout):
     assert torch.autograd.grad(sum(flat(traces[0]["f"])).sum(), x)[0].abs().sum() > 0
 
 
-def test_a_cell_of_one_s_own_runs_through_every_option():
-    """README's example: a peephole LSTM."""
+def clear_lstm_step(gx, state, p):
+    """An LSTM as it is written on paper: for each gate its own matrices and its own product."""
+    h, c = state
+    (xi, xf, xg, xo), (wi, wf, wg, wo) = gx.chunk(4, -1), p.weight_hh.chunk(4)
+    bi, bf, bg, bo = (0,) * 4 if p.bias_hh is None else p.bias_hh.chunk(4)
+    i = torch.sigmoid(xi + h @ wi.T + bi)
+    f = torch.sigmoid(xf + h @ wf.T + bf)
+    g = torch.tanh(xg + h @ wg.T + bg)
+    o = torch.sigmoid(xo + h @ wo.T + bo)
+    c = f * c + i * g
+    return {"h": rnn.project(o * torch.tanh(c), p), "c": c, "i": i, "f": f, "g": g, "o": o}
 
-    def step(gx, state, p):
-        h, c = state
-        i, f, g, o = (gx + nn.functional.linear(h, p.weight_hh, p.bias_hh)).chunk(4, -1)
-        wi, wf, wo = p.weight_peep.chunk(3)
-        i, f, g = (i + wi * c).sigmoid(), (f + wf * c).sigmoid(), g.tanh()
-        c = f * c + i * g
-        o = (o + wo * c).sigmoid()
-        return {"h": o * c.tanh(), "c": c, "i": i, "f": f, "g": g, "o": o}
 
-    class Peephole(rnn.LSTM):
-        def shapes(self, reads):
-            return super().shapes(reads) | {"weight_peep": (3 * self.hidden_size,)}
+class ClearLSTM(rnn.LSTM):
+    """A cell of one's own: a function and two lines."""
 
-    Peephole.step = staticmethod(step)
-    layer, plain = Peephole(I, H, 2, bidirectional=True), rnn.LSTM(I, H, 2, bidirectional=True)
+    step = staticmethod(clear_lstm_step)
+
+
+def with_weights_of(layer, other):
+    """The same values where both have a parameter; returns layer."""
+    layer.load_state_dict(other.state_dict(), strict=False)
+    return layer
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"proj_size": 3}], ids=str)
+@pytest.mark.parametrize("layout", ["batched", "unbatched", "packed_unsorted"])
+def test_four_products_equal_one(options, layout):
+    theirs = nn.LSTM(I, H, 2, bidirectional=True, dtype=torch.float64, **options)
+    clear = ClearLSTM(I, H, 2, bidirectional=True, dtype=torch.float64, **options)
+    x, _ = inputs(layout, False)
+    torch.testing.assert_close(flat(with_weights_of(clear, theirs)(x)), flat(theirs(x)), **TIGHT)
+
+
+def test_a_peephole_that_sees_nothing_is_an_lstm():
+    options = dict(bidirectional=True, proj_size=3, dtype=torch.float64)
+    layer, plain = rnn.PeepholeLSTM(I, H, 2, **options), rnn.LSTM(I, H, 2, **options)
+    with_weights_of(layer, plain)
     for name, value in layer.named_parameters():
         if "peep" in name:
             nn.init.zeros_(value)
-        else:
-            value.data.copy_(dict(plain.named_parameters())[name])
-    x, _ = inputs("packed_unsorted", False, torch.float32)
-    torch.testing.assert_close(flat(layer(x)), flat(plain(x)))
+    x, _ = inputs("packed_unsorted", False)
+    torch.testing.assert_close(flat(layer(x)), flat(plain(x)), **TIGHT)
     nn.init.ones_(layer.weight_peep_l0)
     assert not torch.allclose(layer(x)[0].data, plain(x)[0].data)
+
+
+def test_peephole_and_layer_norm_are_the_papers_():
+    """Gers & Schmidhuber 2000 and Ba et al. 2016, written out once more."""
+    x = torch.randn(T, I, dtype=torch.float64)
+
+    def normal(a):
+        return (a - a.mean()) / (a.var(correction=0) + 1e-5).sqrt()
+
+    peephole = rnn.PeepholeLSTM(I, H, dtype=torch.float64)
+    normed = rnn.LayerNormLSTM(I, H, dtype=torch.float64)
+    assert torch.equal(normed.norm_ih_l0, torch.ones(4 * H))  # gains begin with 1
+    for name, value in normed.named_parameters():
+        if name.startswith("norm"):
+            nn.init.normal_(value)
+    for layer in (peephole, normed):
+        h = c = torch.zeros(H, dtype=torch.float64)
+        p = {name: value.detach() for name, value in layer.named_parameters()}
+        bias = p["bias_ih_l0"] + p["bias_hh_l0"]
+        for t in range(T):
+            a, b = p["weight_ih_l0"] @ x[t], p["weight_hh_l0"] @ h
+            if layer is peephole:
+                i, f, g, o = (a + b + bias).split(H)
+                wi, wf, wo = p["weight_peep_l0"].split(H)
+                c_new = torch.sigmoid(f + wf * c) * c + torch.sigmoid(i + wi * c) * torch.tanh(g)
+                h = torch.sigmoid(o + wo * c_new) * torch.tanh(c_new)
+            else:
+                a, b = normal(a) * p["norm_ih_l0"], normal(b) * p["norm_hh_l0"]
+                i, f, g, o = (a + b + bias).split(H)
+                c_new = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+                shown = normal(c_new) * p["norm_c_l0"] + p["bias_c_l0"]
+                h = torch.sigmoid(o) * torch.tanh(shown)
+            c = c_new
+        torch.testing.assert_close(flat(layer(x)[1]), [h[None], c[None]], **TIGHT)
+
+
+def test_variational_dropout_has_one_mask_per_sequence():
+    """The second layer sees the same units of the first at every step, packed or not; others in
+    other sequences."""
+    layer = rnn.RNN(I, 50, 2, dropout=0.5, dtype=torch.float64)
+    layer.variational = True
+    seen = []
+    layer._direction = lambda x, *rest: (seen.append(x), rnn.RNN._direction(layer, x, *rest))[1]
+    x = torch.rand(T, B, I, dtype=torch.float64)
+    for input, sizes in ((x, [B] * T), (pack_padded_sequence(x, LENGTHS, False, False), None)):
+        seen.clear()
+        layer(input)
+        zero = (seen[1] == 0).split(sizes or input.batch_sizes.tolist())  # T x (B_t, 50)
+        assert all(torch.equal(z, zero[0][:len(z)]) for z in zero)
+        assert not torch.equal(zero[0][0], zero[0][1])
+        kept = seen[1][seen[1] != 0].abs().max()
+        assert kept <= 2 and 0.3 < zero[0].double().mean() < 0.7  # kept ones are doubled
+    layer.eval()
+    plain = with_weights_of(rnn.RNN(I, 50, 2, dtype=torch.float64), layer)
+    torch.testing.assert_close(layer(x)[0], plain(x)[0], **TIGHT)
 
 
 def test_initialize():

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import math
 import os
 import pickle
@@ -11,10 +12,12 @@ import threading
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_packed_sequence
 
 import rnn
 
 CELLS = ["lstm", "gru", "rnn"]
+TIGHT = {"rtol": 1e-12, "atol": 1e-12}  # float64 has 16 digits; a few are lost to summation order
 
 
 def small(vocab, **options):
@@ -68,7 +71,7 @@ def test_tied_weights_are_one_parameter(vocab):
 
 
 @pytest.mark.parametrize("options,message", [
-    ({"cell": "elman"}, "one of rnn, lstm, gru, got 'elman'"),
+    ({"cell": "elman"}, "one of rnn, lstm, gru, original_gru, peephole, lnlstm, got 'elman'"),
     ({"tie": True}, "embed=64, hidden=256"),
     ({"tie": True, "one_hot": True}, "one_hot=True"),
 ])
@@ -80,6 +83,251 @@ def test_char_lm_wrong_arguments(options, message):
 def test_char_lm_wants_a_batch():
     with pytest.raises(ValueError, match=r"2D, \(B, T\), got 1D"):
         rnn.CharLM(10)(torch.zeros(9, dtype=torch.long))
+
+
+def test_variational_dropout_of_a_char_lm(vocab, ids):
+    """With all steps alike and nothing carried over, one mask makes all predictions alike."""
+    x = torch.full((2, 30), 3)
+    for variational in (True, False):
+        model = small(vocab, layers=2, cell="rnn", dropout=0.5, variational=variational)
+        for name, value in model.named_parameters():
+            if "weight_hh" in name:
+                nn.init.zeros_(value)
+        logits = model(x)[0]
+        assert variational == torch.allclose(logits, logits[:, :1].expand_as(logits))
+        assert not torch.allclose(logits[0], logits[1])  # each sequence its own
+        assert torch.equal(model.eval()(x)[0][0], model(x)[0][1])
+
+
+# ---- classifier ----
+
+LENGTHS = [5, 1, 7, 3]
+
+
+def sentences(vocab_size=11):
+    """Four random sequences: padded, with an 8th column of nothing but padding, and as a list."""
+    torch.manual_seed(1)
+    each = [torch.randint(3, vocab_size, (n,)) for n in LENGTHS]
+    ids, lengths = rnn.pad(each)
+    return nn.functional.pad(ids, (0, 1)), lengths, each
+
+
+@pytest.mark.parametrize("cell", rnn.CELLS)
+@pytest.mark.parametrize("options", [{}, {"layers": 2, "bidirectional": True},
+                                     {"one_hot": True, "classes": 5}], ids=str)
+def test_classifier_reads_no_padding(cell, options):
+    """Padded and packed, every sequence has the logits that it has alone, and no others matter."""
+    model = rnn.Classifier(11, embed=4, hidden=6, cell=cell, **options).double()
+    ids, lengths, each = sentences()
+    logits = model(ids, lengths)
+    assert logits.shape == (4, options.get("classes", 2))
+    alone = torch.cat([model(x[None]) for x in each])
+    torch.testing.assert_close(logits, alone, **TIGHT)
+    other = torch.where(torch.arange(8) < lengths[:, None], ids, 7)  # other padding
+    torch.testing.assert_close(model(other, lengths), logits, **TIGHT)
+
+
+def test_classifier_equals_torch_modules():
+    model = rnn.Classifier(11, embed=4, hidden=6, layers=2, bidirectional=True).double()
+    theirs = nn.LSTM(4, 6, 2, batch_first=True, bidirectional=True, dtype=torch.float64)
+    theirs.load_state_dict(model.rnn.state_dict())
+    ids, lengths, each = sentences()
+    for x, logits in zip(each, model(ids, lengths)):
+        output = theirs(model.embedding(x[None]))[0][0]  # (T, 12)
+        last = torch.cat((output[-1, :6], output[0, 6:]))  # each direction's own last step
+        torch.testing.assert_close(logits, model.output(last), **TIGHT)
+
+
+def test_two_logits_are_one():
+    """The difference of the two, under torch's loss for a single logit."""
+    model = rnn.Classifier(11, embed=4, hidden=6).double()
+    ids, lengths, _ = sentences()
+    logits, targets = model(ids, lengths), torch.tensor([0, 1, 1, 0])
+    one = nn.functional.binary_cross_entropy_with_logits(logits[:, 1] - logits[:, 0],
+                                                         targets.double())
+    torch.testing.assert_close(nn.functional.cross_entropy(logits, targets), one, **TIGHT)
+
+
+def test_padding_has_no_vector_and_learns_none():
+    model = rnn.Classifier(11, embed=4, hidden=6)
+    assert not model.embedding.weight[rnn.PAD].any()
+    model(sentences()[0]).sum().backward()  # unpacked: the padding is read, as zeros
+    assert not model.embedding.weight.grad[rnn.PAD].any() and model.embedding.weight.grad.any()
+
+
+def test_classifier_dropout():
+    model = rnn.Classifier(11, embed=4, hidden=6, layers=2, dropout=0.5)
+    ids, lengths, _ = sentences()
+    assert not torch.equal(model(ids, lengths), model(ids, lengths))
+    assert torch.equal(model.eval()(ids, lengths), model(ids, lengths))
+
+
+@pytest.mark.parametrize("lengths", [[0, 1, 7, 3], [9, 1, 7, 3], [5, 1, 7]], ids=str)
+def test_wrong_lengths(lengths):
+    ids = sentences()[0]
+    with pytest.raises(ValueError, match=r"4 numbers from 1 to 8, got \[" + str(lengths[0])):
+        rnn.Classifier(11)(ids, torch.tensor(lengths))
+
+
+def test_models_of_wrong_cells():
+    for model in (rnn.Classifier, rnn.Seq2Seq):
+        with pytest.raises(ValueError, match="got 'elman'"):
+            model(11, cell="elman")
+    with pytest.raises(ValueError, match="hidden must be even, half for each direction, got 7"):
+        rnn.Seq2Seq(11, hidden=7)
+
+
+@pytest.mark.parametrize("model", [rnn.Classifier, rnn.Seq2Seq])
+def test_save_and_load_of_the_other_models(model, tmp_path):
+    vocab = rnn.Vocab.of("abcdefgh", specials=rnn.SPECIALS)
+    one = model(len(vocab), embed=4, hidden=6, layers=2, cell="gru", dropout=0.1)
+    rnn.save(tmp_path / "a.pt", one, vocab)
+    again, again_vocab, _ = rnn.load(tmp_path / "a.pt")
+    assert type(again) is model and again.config == one.config
+    assert again_vocab.symbols[:3] == rnn.SPECIALS
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), one.parameters()))
+
+
+# ---- encoder and decoder ----
+
+
+def translator(cell="lstm", **options):
+    torch.manual_seed(0)
+    model = rnn.Seq2Seq(11, **{"embed": 4, "hidden": 6, "cell": cell, **options}).double()
+    with torch.no_grad():
+        model.output.weight *= 5  # predictions that are not all alike
+    return model
+
+
+@pytest.mark.parametrize("cell", rnn.CELLS)
+@pytest.mark.parametrize("layers", [1, 2])
+def test_padding_never_leaks_into_a_translation(cell, layers):
+    model = translator(cell, layers=layers)
+    ids, lengths, each = sentences()
+    target = torch.tensor([[rnn.BOS, 4, 5, 6]] * 4)
+    logits, weights = model(ids, lengths, target)
+    assert logits.shape == (4, 4, 11) and weights.shape == (4, 4, 8)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(4, 4, dtype=torch.float64), **TIGHT)
+    for b, x in enumerate(each):
+        alone, looks = model(x[None], [len(x)], target[:1])
+        torch.testing.assert_close(logits[b], alone[0], **TIGHT)
+        torch.testing.assert_close(weights[b, :, :len(x)], looks[0], **TIGHT)
+        assert not weights[b, :, len(x):].any()
+    for beam in (1, 3):
+        ids_out, logp, _ = model.translate(ids, lengths, beam, 6)
+        for b, x in enumerate(each):
+            alone, one, _ = model.translate(x[None], [len(x)], beam, 6)
+            n = alone.shape[1]
+            assert torch.equal(ids_out[b, :n], alone[0]) and (ids_out[b, n:] == rnn.EOS).all()
+            torch.testing.assert_close(logp[b], one[0], **TIGHT)
+
+
+def test_attention_and_start_equal_torch_modules():
+    """The encoder's states and the decoder's from nn.LSTM, the attention written out."""
+    model = translator(layers=2)
+    encoder = nn.LSTM(4, 3, 2, batch_first=True, bidirectional=True, dtype=torch.float64)
+    decoder = nn.LSTM(4, 6, 2, batch_first=True, dtype=torch.float64)
+    encoder.load_state_dict(model.encoder.state_dict())
+    decoder.load_state_dict(model.decoder.state_dict())
+    x, y = torch.tensor([[5, 3, 8]]), torch.tensor([[rnn.BOS, 4]])
+    memory, state = encoder(model.embedding(x))
+    start = tuple(torch.stack([torch.cat((s[2 * k], s[2 * k + 1]), -1) for k in (0, 1)])
+                  for s in state)
+    q = decoder(model.embedding(y), start)[0]
+    logits, weights = model(x, [3], y)
+    for m in range(2):
+        scores = torch.stack([model.query.weight @ q[0, m] @ memory[0, t] for t in range(3)])
+        expected = torch.softmax(scores, 0)
+        torch.testing.assert_close(weights[0, m], expected, **TIGHT)
+        context = sum(expected[t] * memory[0, t] for t in range(3))
+        h = torch.tanh(model.mix(torch.cat((q[0, m], context))))
+        torch.testing.assert_close(logits[0, m], model.output(h), **TIGHT)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_a_beam_of_one_is_greedy(cell):
+    """One symbol at a time through `forward`, which reads the whole target again every time."""
+    model = translator(cell)
+    ids, lengths, _ = sentences()
+    result, logp, weights = model.translate(ids, lengths, beam=1, length=6)
+    for b in range(4):
+        target, expected = [rnn.BOS], 0.0
+        while len(target) <= 6 and target[-1] != rnn.EOS:
+            logits, looks = model(ids[b : b + 1], lengths[b : b + 1], torch.tensor([target]))
+            scores = logits[0, -1].log_softmax(-1)
+            expected += scores.max().item()
+            target.append(scores.argmax().item())
+        n = len(target) - 1
+        assert result[b, :n].tolist() == target[1:] and (result[b, n:] == rnn.EOS).all()
+        assert logp[b].item() == pytest.approx(expected, rel=1e-12)
+        torch.testing.assert_close(weights[b, :n], looks[0], **TIGHT)
+
+
+def test_a_beam_of_full_width_finds_the_likeliest():
+    """All targets of up to 3 of 5 symbols, one after the other; greedy misses some of the best."""
+    torch.manual_seed(4)
+    model = rnn.Seq2Seq(5, embed=4, hidden=6).double()
+    with torch.no_grad():
+        model.output.weight *= 8
+    ids, lengths = rnn.pad([torch.randint(3, 5, (n,)) for n in (1, 2, 3, 4, 5, 6)])
+    result, logp, _ = model.translate(ids, lengths, beam=5**3, length=3)
+    greedy = model.translate(ids, lengths, beam=1, length=3)[1]
+    assert (greedy < logp - 1e-6).any() and (greedy <= logp + 1e-12).all()
+    for b in range(len(ids)):
+        best = (-math.inf, None)
+        for target in itertools.product(range(5), repeat=3):
+            if rnn.EOS in target:
+                target = target[: target.index(rnn.EOS) + 1]
+            read = torch.tensor([[rnn.BOS, *target[:-1]]])
+            logits = model(ids[b : b + 1], lengths[b : b + 1], read)[0][0].log_softmax(-1)
+            best = max(best, (sum(row[s].item() for row, s in zip(logits, target)), target))
+        assert logp[b].item() == pytest.approx(best[0], rel=1e-12)
+        assert tuple(result[b].tolist())[: len(best[1])] == best[1]
+
+
+def test_translation_ends_early_and_leaves_the_model_as_it_was():
+    model = translator()
+    with torch.no_grad():
+        model.output.bias[rnn.EOS] = 100
+    ids, lengths, _ = sentences()
+    result, logp, weights = model.translate(ids, lengths, beam=2)
+    assert result.tolist() == [[rnn.EOS]] * 4 and weights.shape == (4, 1, 8)
+    assert model.training and not logp.requires_grad
+    for beam, length in ((0, 5), (1, 0)):
+        with pytest.raises(ValueError, match=f"got {beam} and {length}"):
+            model.translate(ids, lengths, beam, length)
+
+
+# ---- helpers ----
+
+
+def test_pad_and_back():
+    ids, lengths, each = sentences()
+    assert lengths.tolist() == LENGTHS and rnn.pad([[1, 2], [3]])[0].tolist() == [[1, 2], [3, 0]]
+    packed = rnn.pack(ids[..., None], lengths)
+    again, sizes = pad_packed_sequence(packed, batch_first=True)
+    assert torch.equal(again[..., 0], ids[:, :7]) and torch.equal(sizes, lengths)
+    assert torch.equal(rnn.pad(each, value=9)[0] == 9, ids[:, :7] == 0)
+    empty = rnn.pad([[1, 2], []])
+    assert empty[0].tolist() == [[1, 2], [0, 0]] and empty[1].tolist() == [2, 0]
+
+
+def test_buckets_are_an_epoch_of_similar_lengths():
+    lengths = torch.randint(1, 100, (1000,))
+    epoch = rnn.buckets(lengths, 32)
+    assert torch.equal(torch.cat(epoch).sort().values, torch.arange(1000))
+    assert sorted(len(rows) for rows in epoch) == [8] + [32] * 31
+    padded = sum(int(lengths[rows].max()) * len(rows) for rows in epoch)
+    assert padded < 1.05 * lengths.sum() < 1.5 * padded  # 32 in a row at random: about 1.9 times
+    tops = [int(lengths[rows].max()) for rows in epoch]
+    assert tops != sorted(tops)
+    assert not torch.equal(epoch[0], rnn.buckets(lengths, 32)[0])
+
+
+def test_accuracy():
+    logits = torch.tensor([[1.0, 2.0], [3.0, 0.0], [0.0, 1.0]])
+    assert rnn.accuracy(logits, torch.tensor([1, 0, 0])) == pytest.approx(2 / 3, rel=1e-12)
+    assert rnn.accuracy(logits[None], torch.tensor([[1, 0, 1]])) == 1.0
 
 
 # ---- text ----
@@ -140,7 +388,8 @@ def test_random_batches_are_windows_and_repeat_with_the_seed():
 
 
 @pytest.mark.parametrize("arguments,message", [
-    ((2, 50), "a text of 100 symbols is too short: one batch of 2 x 50 .* need 101"),
+    ((2, 50), "a text of 100 symbols is too short: batch=2, context=50 .* need 101"),
+    ((2, 100, "random"), "a text of 100 symbols is too short: .* in random order need 101"),
     ((0, 5), "at least 1, got 0 and 5"), ((2, 5, "shuffled"), "got 'shuffled'"),
 ])
 def test_batches_wrong_arguments(arguments, message):

@@ -10,11 +10,12 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re
 
 def test_the_python_blocks_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert len(BLOCKS) == 3
+    assert len(BLOCKS) == 4
     names = {}
     for block in BLOCKS:
         exec(compile(block, "README.md", "exec"), names)
     assert names["forget"].shape == (35, 8, 256)
+    assert names["logits"].shape == (4, 2) and len(names["written"]) == 4
     assert names["result"]["val_loss"] < 3
     assert "to be" in capsys.readouterr().out
 

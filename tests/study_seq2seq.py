@@ -1,0 +1,144 @@
+"""From sequence to sequence, N -> M: dates into ISO format, and strings written backwards.
+
+    python tests/study_seq2seq.py
+
+Dates come in several formats ("3 March 1998", "Mar 3, 98", ...) and become "1998-03-03". Strings
+are 3 to 12 random letters. Held out are dates and strings that never occur in training. Counted are
+exact matches: every symbol right, and the end at the right place.
+"""
+
+import datetime
+import random
+
+import torch
+from study import fit, save_figure, show_table
+
+import rnn
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+FORMATS = ["{d} {month} {y}", "{month} {d}, {y}", "{d}. {m}. {y}", "{mon} {d} '{yy:02}",
+           "{d:02}/{m:02}/{yy:02}"]
+
+
+def dates(number, seed):
+    """(source, target) of random days from 1930 to 2029, each in one of the formats."""
+    chance, pairs = random.Random(seed), {}
+    first = datetime.date(1930, 1, 1).toordinal()
+    while len(pairs) < number:
+        day = datetime.date.fromordinal(first + chance.randrange(36525))
+        month = day.strftime("%B")
+        source = chance.choice(FORMATS).format(d=day.day, m=day.month, month=month, mon=month[:3],
+                                               y=day.year, yy=day.year % 100)
+        pairs[source] = day.isoformat()
+    return list(pairs.items())
+
+
+def strings(number, seed, longest=12):
+    """(string, the same backwards), all of them different."""
+    chance = random.Random(seed)
+    made = ("".join(chance.choices(LETTERS, k=chance.randint(3, longest))) for _ in range(number))
+    return [(text, text[::-1]) for text in dict.fromkeys(made)]
+
+
+def tensors(vocab, pairs):
+    """Padded sources (B, T), their lengths (B,), padded targets (B, M) from BOS to EOS."""
+    source, lengths = rnn.pad([vocab.encode(source) for source, _ in pairs])
+    end = torch.tensor([rnn.EOS])
+    target, _ = rnn.pad([torch.cat((end - 1, vocab.encode(target), end)) for _, target in pairs])
+    return source, lengths, target
+
+
+def learn(pairs, cell="gru", steps=500, seed=0, hidden=128):
+    """A model trained on the pairs by teacher forcing, and its vocabulary."""
+    vocab = rnn.Vocab.of("".join(map("".join, pairs)), specials=rnn.SPECIALS)
+    source, lengths, target = tensors(vocab, pairs)
+    torch.manual_seed(seed)
+    model = rnn.initialize(rnn.Seq2Seq(len(vocab), embed=32, hidden=hidden, cell=cell))
+    queue = []
+
+    def next_loss():
+        if not queue:
+            queue.extend(rnn.buckets(lengths, 64))
+        b = queue.pop()
+        n = int(lengths[b].max())
+        logits, _ = model(source[b, :n], lengths[b], target[b, :-1])
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), target[b, 1:].flatten(),
+                                                 ignore_index=rnn.PAD)
+
+    fit(model, next_loss, steps, lr=5e-3)
+    return model, vocab
+
+
+def exact_matches(model, vocab, pairs, beam=1):
+    """The fraction of pairs whose target is translated without a mistake."""
+    source, lengths, _ = tensors(vocab, pairs)
+    ids, _, _ = model.translate(source, lengths, beam, length=20)
+    right = 0
+    for (_, target), row in zip(pairs, ids.tolist()):
+        end = row.index(rnn.EOS) if rnn.EOS in row else len(row)
+        right += vocab.decode(row[:end]) == target
+    return right / len(pairs)
+
+
+def mirrored(model, vocab, pairs):
+    """In reversed strings: how often attention is strongest within one letter of the one that is
+    written."""
+    source, lengths, target = tensors(vocab, pairs)
+    with rnn.evaluating(model):
+        _, weights = model(source, lengths, target[:, :-1])  # (B, M, T)
+    step = torch.arange(weights.shape[1])
+    near = (weights.argmax(-1) - (lengths[:, None] - 1 - step)).abs() <= 1  # (B, M)
+    return near[step < lengths[:, None]].double().mean().item()
+
+
+def held_out(make, pairs):
+    known = dict(pairs)
+    return [pair for pair in make(1000, 1) if pair[0] not in known]
+
+
+def test_dates():
+    pairs = dates(6000, 0)
+    model, vocab = learn(pairs, steps=600, hidden=64)
+    assert exact_matches(model, vocab, held_out(dates, pairs)) >= 0.99
+
+
+def test_short_strings_backwards():
+    def short(number, seed):
+        return strings(number, seed, longest=6)
+
+    pairs = short(30000, 0)
+    model, vocab = learn(pairs)
+    held = held_out(short, pairs)
+    assert exact_matches(model, vocab, held) >= 0.99
+    assert mirrored(model, vocab, held) > 0.8  # it looks where the letter is
+
+
+def main():
+    rows, kept = [], {}
+    for name, make, number, steps in (("dates", dates, 6000, 500),
+                                      ("strings", strings, 60000, 1500)):
+        pairs = make(number, 0)
+        held = held_out(make, pairs)
+        for cell in ("rnn", "gru", "lstm"):
+            model, vocab = learn(pairs, cell, steps)
+            looks = f"{mirrored(model, vocab, held):.1%}" if make is strings else ""
+            rows.append([name, cell, steps, len(held), f"{exact_matches(model, vocab, held):.2%}",
+                         f"{exact_matches(model, vocab, held, beam=4):.2%}", looks])
+            kept[name, cell] = model, vocab
+    show_table(["task", "cell", "steps of 64", "held out", "exact, greedy", "exact, beam 4",
+                "attention at the letter"], rows)
+
+    def draw(axes):
+        for ax, name, text in zip(axes, ("dates", "strings"), ("3 March 1998", "attention")):
+            model, vocab = kept[name, "gru"]
+            ids, _, weights = model.translate(vocab.encode(text)[None], [len(text)])
+            ax.imshow(weights[0], cmap="Blues", vmin=0, vmax=1)  # (M, T)
+            ax.set(title=f"{text} -> {vocab.decode(ids[0, :-1])}", xlabel="read", ylabel="written",
+                   xticks=range(len(text)), xticklabels=text.replace(" ", "␣"),
+                   yticks=range(ids.shape[1]), yticklabels=[*vocab.decode(ids[0, :-1]), "end"])
+
+    save_figure("seq2seq", draw, ncols=2, figsize=(9, 4.5))
+
+
+if __name__ == "__main__":
+    main()
