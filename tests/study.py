@@ -1,0 +1,51 @@
+"""What the studies share: a short training loop, tables, pictures."""
+
+import pathlib
+import sys
+
+import torch
+
+HERE = pathlib.Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))  # rnn.py, when a study runs as a script
+
+
+def fit(model, next_loss, steps, lr=3e-3, clip=1.0, weight_decay=0.0):
+    """AdamW on `steps` losses, each made by next_loss(); the rate falls to 0 along a cosine.
+    Returns the losses."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay, fused=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = next_loss()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    return losses
+
+
+def show_table(head, rows):
+    """Print a table in Markdown, as the README has it."""
+    lines = [head, ["---"] * len(head), *rows]
+    print("\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines), flush=True)
+
+
+def save_figure(name, draw, **subplots):
+    """draw(axes) into tests/figures/NAME.png, if matplotlib is installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        print(f"matplotlib is not installed: no picture {name}.png")
+        return
+    matplotlib.use("Agg")  # no window
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(layout="constrained", **subplots)
+    draw(axes)
+    path = HERE / "figures" / f"{name}.png"
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+    print(f"picture: {path}")
