@@ -154,7 +154,7 @@ def listen(rnn, model, ids):
 def choose(cells, found):
     """For every feature the cell that follows it most closely, by the correlation over the first
     half of the text. Returns a list of (feature, cell, correlation over the second half, which had
-    no part in the choice), and the names of features too rare to tell."""
+    no part in the choice), the clearest first, and the names of features too rare to tell."""
     import torch
 
     chosen, rare = [], []
@@ -171,7 +171,7 @@ def choose(cells, found):
             continue
         cell = int(correlate(cells[:half], values[:half]).abs().argmax())
         chosen.append((name, cell, float(correlate(cells[half:], values[half:])[cell])))
-    return chosen, rare
+    return sorted(chosen, key=lambda row: -abs(row[2])), rare
 
 
 def curves(history):
@@ -182,13 +182,13 @@ def curves(history):
     low, high = min(losses), max(losses)
 
     def place(step, loss):
-        return 45 + 540 * step / last, 190 - 170 * (loss - low) / ((high - low) or 1)
+        return 40 + 330 * step / last, 190 - 170 * (loss - low) / ((high - low) or 1)
 
     parts = []
     for k in range(5):
         loss = low + (high - low) * k / 4
         y, x, step = place(0, loss)[1], place(last * k / 4, 0)[0], round(last * k / 4)
-        parts.append(f'<path class="grid" d="M45 {y:.1f}H585"/><text x="38" y="{y + 4:.1f}" '
+        parts.append(f'<path class="grid" d="M40 {y:.1f}h330"/><text x="34" y="{y + 4:.1f}" '
                      f'class="left">{loss:.2f}</text><text x="{x:.1f}" y="212">{step:,}</text>')
     for kind, name in ((1, "training"), (2, "held-out")):
         points = [(*place(row[0], row[kind]), row[0], row[kind]) for row in history]
@@ -197,7 +197,7 @@ def curves(history):
         parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4"><title>step {step:,}: {name} loss '
                   f"{loss:.4f} nats</title></circle>" for x, y, step, loss in points]
         parts.append("</g>")
-    return f'<svg viewBox="0 0 600 220" role="img">{"".join(parts)}</svg>'
+    return f'<svg viewBox="0 0 400 220" role="img">{"".join(parts)}</svg>'
 
 
 def make_page(rnn, model, history, ids, text, about):
@@ -213,9 +213,10 @@ def make_page(rnn, model, history, ids, text, about):
         return {"name": name, "note": note, "low": low, "high": high,
                 "values": [round(float(v), 3) for v in values[part]]}
 
-    views = [view(name, f"{what} of cell {cell % hidden} in layer {cell // hidden}, of "
-                  f"{cells.shape[1]} cells the one that follows this most closely in the first "
-                  f"half of the text; correlation in the second half, shown here: {r:+.2f}", cells[:, cell], -1, 1) for name, cell, r in chosen]
+    views = [view(name, f"{what} of cell {cell % hidden} in layer {cell // hidden}, the one "
+                  f"of {cells.shape[1]} that follows this most closely in the first half of the "
+                  f"text; correlation in the second half, shown here: {r:+.2f}",
+                  cells[:, cell], -1, 1) for name, cell, r in chosen]
     if gate is not None:
         letter = "f" if model.rnn.states == 2 else "z"
         views.append(view("openness of the " + {"f": "forget", "z": "update"}[letter] + " gate",
@@ -277,7 +278,8 @@ button[aria-pressed=true] { background: var(--ink); color: var(--paper) }
          background: var(--paper); border-top: 1px solid #888; text-align: center }
 #scale { height: .6rem; border-radius: .3rem } .ends { display: flex; font-size: .85rem;
          justify-content: space-between }
-svg { width: 100% } svg text { font-size: 12px; fill: var(--ink); text-anchor: middle }
+svg { width: 100%; max-width: 36rem }
+svg text { font-size: 12px; fill: var(--ink); text-anchor: middle }
 svg text.left { text-anchor: end } .grid { stroke: var(--faint) } polyline { fill: none;
   stroke-width: 2 }
 .training polyline { stroke: rgb(var(--blue)) } .training circle { fill: rgb(var(--blue)) }
