@@ -134,7 +134,7 @@ def listen(rnn, model, ids):
         return result
 
     model.rnn.forward = traced
-    gate = {"lstm": "f", "gru": "z"}.get(model.config["cell"])
+    gate = {4: "f", 3: "z"}.get(model.rnn.gates)
     try:
         with rnn.evaluating(model):
             state = model.init_state(1)

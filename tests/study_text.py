@@ -177,7 +177,7 @@ def main(seeds=3, steps=250):
     print("\nIts loss on 20 symbols from anywhere, after a warm-up of so many")
     show_table([0, 10, 100], [[f"{first_loss(base, val_ids, starts, k):.3f}"
                                for k in (0, 10, 100)]])
-    print("\nEffective memory on text: the distance at which 1 % of the gradient is left (of 199)")
+    print("\nEffective memory on text: the distance at which less than 1 % of the gradient is left")
     reach = []
     for name in ("RNN", "GRU", LINES[0][1]):
         cell = models[name].config["cell"]
