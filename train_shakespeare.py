@@ -204,9 +204,10 @@ def make_page(rnn, model, history, ids, text, about):
     """The page as HTML, all in one: of text (T,), and ids (T + 1,), with the symbol after it."""
     cells, gate, surprise = listen(rnn, model, ids)
     chosen, rare = choose(cells, features(text))
-    begin = len(cells) // 2  # in the half in which the cells are judged, at the start of a speech
-    begin = max(0, text.find("\n\n", begin) + 2 if "\n\n" in text[begin : begin + 1000] else begin)
-    part = slice(begin, min(begin + SHOWN, len(cells)))
+    half = len(cells) // 2  # shown is the part on which the cells are judged, from a speech on
+    speech = text.find("\n\n", half, half + 1000)
+    begin = half if speech < 0 else speech + 2
+    part = slice(begin, begin + SHOWN)
     hidden, what = model.config["hidden"], "tanh(c)" if model.rnn.states == 2 else "h"
 
     def view(name, note, values, low, high):
@@ -226,19 +227,16 @@ def make_page(rnn, model, history, ids, text, about):
     missing = [f"Too rare in this text to tell: {', '.join(rare)}."] if rare else []
     missing += ["An RNN has no gate to show."] if gate is None else []
     data = json.dumps({"text": text[part], "views": views}).replace("<", "\\u003c")
-    page = PAGE
-    for mark, value in (("ABOUT", html.escape(about)), ("MISSING", html.escape(" ".join(missing))),
-                        ("CURVES", curves(history)),
-                        ("DATA", data)):
-        page = page.replace(f"<!--{mark}-->", value)
-    return page
+    page = PAGE.replace("<!--ABOUT-->", html.escape(about))
+    page = page.replace("<!--MISSING-->", " ".join(missing))
+    return page.replace("<!--CURVES-->", curves(history)).replace("<!--DATA-->", data)
 
 
 def look_inside(rnn, model, vocab, training, args):
     """Write the page of --show, about the last tenth of the text, or as much of it as it takes."""
-    if not isinstance(model, rnn.CharLM):
-        raise ValueError(f"--show needs a checkpoint of a CharLM, {args.sample} is a "
-                         f"{type(model).__name__}")
+    if not isinstance(model, rnn.CharLM) or vocab.words:
+        raise ValueError(f"--show needs a CharLM of characters, {args.sample} is a "
+                         f"{type(model).__name__} of {'words' if vocab.words else 'characters'}")
     text, name = (read_text(args.data), args.data) if args.data else shakespeare()
     digest = hashlib.sha256(text.encode("utf-8")).hexdigest()
     known = (training.get("notes") or {}).get("sha256") == digest
@@ -250,7 +248,8 @@ def look_inside(rnn, model, vocab, training, args):
     about = (f"{args.sample}, a character model with {model.rnn} after {run['step']:,} steps, "
              f"reads the last tenth of {name}, "
              + ("which it was not trained on." if known else "not the text it was trained on."))
-    page = make_page(rnn, model, run["history"], vocab.encode(text), text[:-1], about)
+    ids = vocab.encode(text).to(model.output.weight.device)
+    page = make_page(rnn, model, run["history"], ids, text[:-1], about)
     partial = f"{args.show}.{os.getpid()}.partial"  # so that the page appears whole or not at all
     try:
         pathlib.Path(partial).write_text(page, encoding="utf-8")

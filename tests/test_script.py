@@ -160,7 +160,9 @@ def test_a_page_from_another_text_or_a_young_checkpoint(folder, monkeypatch):
     (["--sample", "out/best.pt", "--data", "text.txt", "--show", "out"],
      "cannot write the page out: .*directory"),
     (["--sample", "other.pt", "--data", "text.txt", "--show", "x.html"],
-     "--show needs a checkpoint of a CharLM, other.pt is a Other"),
+     "--show needs a CharLM of characters, other.pt is a Other of characters"),
+    (["--sample", "words.pt", "--data", "text.txt", "--show", "x.html"],
+     "--show needs a CharLM of characters, words.pt is a CharLM of words"),
 ])
 def test_a_page_that_cannot_be_made_is_one_clear_error(folder, monkeypatch, arguments, message):
     monkeypatch.chdir(folder)
@@ -171,8 +173,9 @@ def test_a_page_that_cannot_be_made_is_one_clear_error(folder, monkeypatch, argu
             self.vocab_size, self.config = vocab_size, {"vocab_size": vocab_size, "cell": "lstm"}
 
     monkeypatch.setitem(rnn.MODELS, "Other", Other)
-    _, vocab, _ = rnn.load("out/best.pt")
+    model, vocab, _ = rnn.load("out/best.pt")
     rnn.save("other.pt", Other(len(vocab)), vocab)
+    rnn.save("words.pt", model, rnn.Vocab(vocab.symbols, words=True))
     with pytest.raises(ERRORS, match=message):
         train_shakespeare.main(arguments)
     assert not list(folder.glob("*.partial")) and not (folder / "x.html").exists()
