@@ -17,7 +17,6 @@ import sys
 import tempfile
 
 import torch
-from conftest import ROOT  # noqa: F401 (makes rnn importable)
 from study import save_figure, show_table
 from study_memory import gradient_by_distance, memory
 from torch import nn
