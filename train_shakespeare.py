@@ -219,10 +219,15 @@ def make_page(rnn, model, history, ids, text, about):
                   f"text; correlation in the second half, shown here: {r:+.2f}",
                   cells[:, cell], -1, 1) for name, cell, r in chosen]
     if gate is not None:
-        letter = "f" if model.rnn.states == 2 else "z"
-        views.append(view("openness of the " + {"f": "forget", "z": "update"}[letter] + " gate",
-                          f"mean of {letter} over all cells: the part of the state that is kept "
-                          "at this character", gate, float(gate.min()), float(gate.max())))
+        letter, gate_name = ("f", "forget") if model.rnn.states == 2 else ("z", "update")
+        kinds = {"letters": str.isalpha, "spaces": " ".__eq__, "line ends": "\n".__eq__,
+                 "marks": lambda symbol: not symbol.isalnum() and not symbol.isspace()}
+        places = {name: [k for k, symbol in enumerate(text) if is_one(symbol)]
+                  for name, is_one in kinds.items()}
+        means = [f"{gate[at].mean():.2f} at {name}" for name, at in places.items() if at]
+        views.append(view(f"openness of the {gate_name} gate", f"mean of {letter} over all cells: "
+                          "the part of the state that is kept at this character; on average "
+                          + ", ".join(means), gate, float(gate.min()), float(gate.max())))
     views.append(view("surprise", "nats that the character after this one costs", surprise, 0, 6))
     missing = [f"Too rare in this text to tell: {', '.join(rare)}."] if rare else []
     missing += ["An RNN has no gate to show."] if gate is None else []

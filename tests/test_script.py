@@ -106,6 +106,8 @@ def test_a_page_shows_what_the_cells_do(folder, monkeypatch, capsys, cell, gate)
     for view in data["views"]:
         assert len(view["values"]) == len(data["text"])
         assert all(-1 <= v <= 1 for v in view["values"]) or view["name"] == "surprise"
+        if "openness" in view["name"]:
+            assert re.search(r"on average 0\.\d\d at letters, 0\.\d\d at spaces", view["note"])
     assert source.count("<polyline") == 2 and source.count("<circle") == 2 * 10
     model, _, training = rnn.load(f"{cell}/best.pt")
     for step, loss, held_out in training["run"]["history"]:
