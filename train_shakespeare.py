@@ -4,6 +4,7 @@
     python train_shakespeare.py --data my.txt            on a text of your own
     python train_shakespeare.py --resume out/last.pt     go on with an interrupted run
     python train_shakespeare.py --sample out/best.pt     only sample
+    python train_shakespeare.py --sample out/best.pt --show page.html    look inside the network
 
 The text is Tiny Shakespeare: the first 90 % train, the last 10 % measure. Ctrl-C ends the training
 early but in order. All flags: --help.
@@ -11,8 +12,10 @@ early but in order. All flags: --help.
 
 import argparse
 import hashlib
+import html
 import importlib.util
 import io
+import json
 import math
 import os
 import pathlib
@@ -91,6 +94,251 @@ def shakespeare():
 
 
 # ----------------------------------------------------------------------------------------------
+# Looking inside: a page with held-out text, coloured by what single cells do
+
+SCORED, SHOWN = 60_000, 1_500  # characters that cells are scored on, and that the page shows
+
+
+def features(text):
+    """What a cell may have come to know, as one number for every character of the text."""
+    patterns = {
+        "inside quotes": r""""[^"]+"|(?<!\w)'[A-Z](?:[^'\n]|\b'\b|\n(?!\n))*[,.!?;]'""",
+        "inside a speaker's name": r"(?:\A|(?<=\n\n))[A-Z][^\n]*:$",
+        "inside a question": r"[^.!?:]+\?"}
+    found = {name: [0] * len(text) for name in patterns}
+    for name, pattern in patterns.items():
+        for match in re.finditer(pattern, text, re.M):
+            found[name][match.start() : match.end()] = [1] * len(match.group())
+    counts = {"position in the line": "\n", "length of the sentence so far": ".!?:;",
+              "letters of the word so far": None}  # characters since the last one of these
+    for name, ends in counts.items():
+        found[name], count = [], 0
+        for symbol in text:
+            ended = symbol in ends if ends else not symbol.isalpha()
+            count = 0 if ended else count + 1
+            found[name].append(count)
+    return found
+
+
+def listen(rnn, model, ids):
+    """Let the network read ids (T + 1,). Returns the activation of every cell, (T, layers * H),
+    which is tanh(c) where there is a c, else h; the mean of the gate that keeps the state, f or z,
+    (T,), or None for an RNN; and the surprise, the nats that each next symbol cost, (T,)."""
+    import torch
+
+    cells, gates, losses, traces = [], [], [], []
+
+    def traced(x, state):
+        *result, layers = model.rnn.trace(x, state)
+        traces[:] = layers
+        return result
+
+    model.rnn.forward = traced
+    gate = {4: "f", 3: "z"}.get(model.rnn.gates)
+    try:
+        with rnn.evaluating(model):
+            state = model.init_state(1)
+            for chunk in ids[:-1].split(1000):  # a trace takes memory
+                logits, state = model(chunk[None], state)  # (1, T, V)
+                seen = [t["c"].tanh() if "c" in t else t["h"] for t in traces]  # (T, 1, H) each
+                cells.append(torch.cat(seen, dim=-1)[:, 0].cpu())
+                if gate:
+                    gates.append(torch.cat([t[gate] for t in traces], -1).mean((1, 2)).cpu())
+                losses.append(logits[0].log_softmax(-1).cpu())
+    finally:
+        del model.rnn.forward
+    surprise = -torch.cat(losses).gather(1, ids[1:, None].cpu())[:, 0]
+    return torch.cat(cells), torch.cat(gates) if gate else None, surprise
+
+
+def choose(cells, found):
+    """For every feature the cell that follows it most closely, by the correlation over the first
+    half of the text. Returns a list of (feature, cell, correlation over the second half, which had
+    no part in the choice), the clearest first, and the names of features too rare to tell."""
+    import torch
+
+    chosen, rare = [], []
+    half = len(cells) // 2
+
+    def correlate(part, values):
+        x, y = part - part.mean(0), values - values.mean()
+        return (x * y[:, None]).sum(0) / (x.norm(dim=0) * y.norm()).clamp_min(1e-12)
+
+    for name, values in found.items():
+        values = torch.tensor(values, dtype=torch.float32)[: len(cells)]
+        if min(values[:half].count_nonzero(), values[half:].count_nonzero()) < 100:
+            rare.append(name)
+            continue
+        cell = int(correlate(cells[:half], values[:half]).abs().argmax())
+        chosen.append((name, cell, float(correlate(cells[half:], values[half:])[cell])))
+    return sorted(chosen, key=lambda row: -abs(row[2])), rare
+
+
+def curves(history):
+    """The training curves, a list of (step, training loss, held-out loss), as an SVG picture."""
+    if len(history) < 2:
+        return "<p>The checkpoint has fewer than two evaluations: no curves.</p>"
+    last, losses = history[-1][0], [loss for _, *pair in history for loss in pair]
+    low, high = min(losses), max(losses)
+
+    def place(step, loss):
+        return 40 + 330 * step / last, 190 - 170 * (loss - low) / ((high - low) or 1)
+
+    parts = []
+    for k in range(5):
+        loss = low + (high - low) * k / 4
+        y, x, step = place(0, loss)[1], place(last * k / 4, 0)[0], round(last * k / 4)
+        parts.append(f'<path class="grid" d="M40 {y:.1f}h330"/><text x="34" y="{y + 4:.1f}" '
+                     f'class="left">{loss:.2f}</text><text x="{x:.1f}" y="212">{step:,}</text>')
+    for kind, name in ((1, "training"), (2, "held-out")):
+        points = [(*place(row[0], row[kind]), row[0], row[kind]) for row in history]
+        parts.append(f'<g class="{name}"><polyline points="'
+                     + " ".join(f"{x:.1f},{y:.1f}" for x, y, _, _ in points) + '"/>')
+        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4"><title>step {step:,}: {name} loss '
+                  f"{loss:.4f} nats</title></circle>" for x, y, step, loss in points]
+        parts.append("</g>")
+    return f'<svg viewBox="0 0 400 220" role="img">{"".join(parts)}</svg>'
+
+
+def make_page(rnn, model, history, ids, text, about):
+    """The page as HTML, all in one: of text (T,), and ids (T + 1,), with the symbol after it."""
+    cells, gate, surprise = listen(rnn, model, ids)
+    chosen, rare = choose(cells, features(text))
+    half = len(cells) // 2  # shown is the part on which the cells are judged, from a speech on
+    speech = text.find("\n\n", half, half + 1000)
+    begin = half if speech < 0 else speech + 2
+    part = slice(begin, begin + SHOWN)
+    hidden, what = model.config["hidden"], "tanh(c)" if model.rnn.states == 2 else "h"
+
+    def view(name, note, values, low, high):
+        return {"name": name, "note": note, "low": low, "high": high,
+                "values": [round(float(v), 3) for v in values[part]]}
+
+    views = [view(name, f"{what} of cell {cell % hidden} in layer {cell // hidden}, the one "
+                  f"of {cells.shape[1]} that follows this most closely in the first half of the "
+                  f"text; correlation in the second half, shown here: {r:+.2f}",
+                  cells[:, cell], -1, 1) for name, cell, r in chosen]
+    if gate is not None:
+        letter, gate_name = ("f", "forget") if model.rnn.states == 2 else ("z", "update")
+        kinds = {"letters": str.isalpha, "spaces": " ".__eq__, "line ends": "\n".__eq__,
+                 "marks": lambda symbol: not symbol.isalnum() and not symbol.isspace()}
+        places = {name: [k for k, symbol in enumerate(text) if is_one(symbol)]
+                  for name, is_one in kinds.items()}
+        means = [f"{gate[at].mean():.2f} at {name}" for name, at in places.items() if at]
+        views.append(view(f"openness of the {gate_name} gate", f"mean of {letter} over all cells: "
+                          "the part of the state that is kept at this character; on average "
+                          + ", ".join(means), gate, float(gate.min()), float(gate.max())))
+    views.append(view("surprise", "nats that the character after this one costs", surprise, 0, 6))
+    missing = [f"Too rare in this text to tell: {', '.join(rare)}."] if rare else []
+    missing += ["An RNN has no gate to show."] if gate is None else []
+    data = json.dumps({"text": text[part], "views": views}).replace("<", "\\u003c")
+    page = PAGE.replace("<!--ABOUT-->", html.escape(about))
+    page = page.replace("<!--MISSING-->", " ".join(missing))
+    return page.replace("<!--CURVES-->", curves(history)).replace("<!--DATA-->", data)
+
+
+def look_inside(rnn, model, vocab, training, args):
+    """Write the page of --show, about the last tenth of the text, or as much of it as it takes."""
+    if not isinstance(model, rnn.CharLM) or vocab.words:
+        raise ValueError(f"--show needs a CharLM of characters, {args.sample} is a "
+                         f"{type(model).__name__} of {'words' if vocab.words else 'characters'}")
+    text, name = (read_text(args.data), args.data) if args.data else shakespeare()
+    digest = hashlib.sha256(text.encode("utf-8")).hexdigest()
+    known = (training.get("notes") or {}).get("sha256") == digest
+    text = text[int(0.9 * len(text)) :][: SCORED + 1]
+    if len(text) < 2:
+        raise ValueError(f"--show needs two characters in the last tenth of a text, {name} has "
+                         f"{len(text)} there")
+    run = training.get("run", {"step": 0, "history": []})
+    about = (f"{args.sample}, a character model with {model.rnn} after {run['step']:,} steps, "
+             f"reads the last tenth of {name}, "
+             + ("which it was not trained on." if known else "not the text it was trained on."))
+    ids = vocab.encode(text).to(model.output.weight.device)
+    page = make_page(rnn, model, run["history"], ids, text[:-1], about)
+    partial = f"{args.show}.{os.getpid()}.partial"  # so that the page appears whole or not at all
+    try:
+        pathlib.Path(partial).write_text(page, encoding="utf-8")
+        os.replace(partial, args.show)
+    except OSError as error:
+        pathlib.Path(partial).unlink(missing_ok=True)
+        raise OSError(f"cannot write the page {args.show}: {error}") from error
+    print(f"page: {args.show}")
+
+
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1"><title>Looking inside</title>
+<style>
+:root { color-scheme: light dark; --ink: #1a1a1a; --paper: #fff; --faint: #8884;
+        --red: 214, 69, 48; --blue: 38, 110, 214 }
+@media (prefers-color-scheme: dark) { :root { --ink: #e8e8e8; --paper: #161616 } }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
+       max-width: 46rem; margin: 0 auto; padding: 1rem 1rem 5rem }
+button { font: inherit; font-size: .9rem; color: inherit; background: none; margin: .15rem;
+         padding: .3rem .7rem; border: 1px solid #888; border-radius: 1rem; cursor: pointer }
+button[aria-pressed=true] { background: var(--ink); color: var(--paper) }
+#text { font: .95rem/1.7 ui-monospace, monospace; white-space: pre-wrap; word-break: break-word }
+#value { position: fixed; bottom: 0; left: 0; right: 0; padding: .6rem 1rem; min-height: 1.5em;
+         background: var(--paper); border-top: 1px solid #888; text-align: center }
+#scale { height: .6rem; border-radius: .3rem } .ends { display: flex; font-size: .85rem;
+         justify-content: space-between }
+svg { width: 100%; max-width: 36rem }
+svg text { font-size: 12px; fill: var(--ink); text-anchor: middle }
+svg text.left { text-anchor: end } .grid { stroke: var(--faint) } polyline { fill: none;
+  stroke-width: 2 }
+.training polyline { stroke: rgb(var(--blue)) } .training circle { fill: rgb(var(--blue)) }
+.held-out polyline { stroke: rgb(var(--red)) } .held-out circle { fill: rgb(var(--red)) }
+</style></head><body>
+<h1>Looking inside</h1><p><!--ABOUT--></p>
+<p id="buttons"></p><p id="note"></p>
+<div id="scale"></div><div class="ends"><span id="low"></span><span id="high"></span></div>
+<p id="text"></p><p><!--MISSING--></p>
+<h2>Training</h2><p>Loss in nats per character against steps:
+<b style="color: rgb(var(--blue))">training</b>,
+<b style="color: rgb(var(--red))">held-out</b>.</p><!--CURVES-->
+<div id="value">Point at a character, or tap it.</div>
+<script type="application/json" id="data"><!--DATA--></script>
+<script>
+const at = id => document.getElementById(id);
+const { text, views } = JSON.parse(at("data").textContent);
+const symbols = [...text];
+const spans = symbols.map((symbol, k) => {
+  const span = document.createElement("span");
+  span.textContent = symbol;
+  span.dataset.k = k;
+  return at("text").appendChild(span);
+});
+let view;
+function colour(v) {  // below the middle blue, above it red; the strength is the distance
+  const x = 2 * (v - view.low) / (view.high - view.low || 1) - 1;
+  return `rgba(var(--${x < 0 ? "blue" : "red"}), ${(0.65 * Math.min(1, Math.abs(x))).toFixed(3)})`;
+}
+function show(chosen) {
+  view = chosen;
+  spans.forEach((span, k) => { span.style.background = colour(view.values[k]); });
+  [...at("buttons").children].forEach((b, k) => b.setAttribute("aria-pressed", views[k] === view));
+  const steps = [0, 1, 2, 3, 4].map(k => view.low + (view.high - view.low) * k / 4);
+  at("scale").style.background = `linear-gradient(to right, ${steps.map(colour)})`;
+  at("note").textContent = view.note;
+  at("low").textContent = view.low.toFixed(2);
+  at("high").textContent = view.high.toFixed(2);
+}
+for (const v of views) {
+  const button = at("buttons").appendChild(document.createElement("button"));
+  button.textContent = v.name;
+  button.onclick = () => show(v);
+}
+at("text").onpointerover = at("text").onclick = event => {
+  const k = event.target.dataset.k;
+  if (k) at("value").textContent = `${JSON.stringify(symbols[k])}  ` +
+    views.map(v => `${v === view ? "\u25b6 " : ""}${v.name} ${v.values[k].toFixed(2)}`)
+      .filter((line, n) => views[n] === view || n >= views.length - 2).join("  \u00b7  ");
+};
+show(views[0]);
+</script></body></html>
+"""
+
+# ----------------------------------------------------------------------------------------------
 # The job
 
 
@@ -102,6 +350,8 @@ def make_parser():
                                      "resumed checkpoint's)")
     add("--resume", metavar="CKPT", help="go on with the run of this last.pt")
     add("--sample", metavar="CKPT", help="do not train, only let this checkpoint write")
+    add("--show", metavar="HTML", help="with --sample: instead, write a page that shows what the "
+                                       "network's cells do as it reads held-out text")
     add("--cell", choices=["lstm", "gru", "rnn"], help=f"default {MODEL['cell']}")
     for name in ("layers", "hidden", "embed"):
         add(f"--{name}", type=int, metavar="N", help=f"default {MODEL[name]}")
@@ -171,8 +421,12 @@ def main(argv=None):
                      stream)
         print(file=stream)
 
+    if args.show and not args.sample:
+        raise ValueError("--show needs a checkpoint to look into: --sample CKPT")
     if args.sample:
-        model, vocab, _ = rnn.load(args.sample, device)
+        model, vocab, training = rnn.load(args.sample, device)
+        if args.show:
+            return look_inside(rnn, model, vocab, training, args)
         build_fused(rnn, model.config["cell"])
         return sample(model, vocab)
 

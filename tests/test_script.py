@@ -1,6 +1,7 @@
 """train_shakespeare.py as a person uses it, and rnn.py copied alone into an empty folder."""
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -8,8 +9,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 
+import rnn
 import train_shakespeare
 
 FINAL = re.compile(r"final val_loss=(\d\.\d{4}) nats bpc=\d\.\d{4} ppl=\d+\.\d{3} chars_per_s=\d+ "
@@ -52,6 +55,132 @@ def test_sample_and_resume(folder, monkeypatch, capsys):
                             "--out", "more", "--length", "5"])
     printed = capsys.readouterr().out
     assert "step 30" in printed and FINAL.search(printed)
+
+
+def page(path):
+    """A page's source and the data in it."""
+    source = path.read_text()
+    data = re.findall(r'<script type="application/json" id="data">(.*?)</script>', source, re.S)
+    assert len(data) == 1
+    return source, json.loads(data[0])
+
+
+def test_features_of_a_text():
+    text = ('ANN:\nWho is "he"? I see\n\'Tis he: \'Come, o\'er there!\' said\n\nBob said:\nNo.')
+    found = train_shakespeare.features(text)
+
+    def marked(name):
+        shown = "".join(s if yes else "-" for s, yes in zip(text, found[name]))
+        return re.findall("[^-]+", shown.replace("\n", "/"))
+
+    assert marked("inside a speaker's name") == ["ANN:", "Bob said:"]
+    assert marked("inside quotes") == ['"he"', "'Come, o'er there!'"]
+    assert marked("inside a question") == ['/Who is "he"?']
+    assert found["position in the line"][:8] == [1, 2, 3, 4, 0, 1, 2, 3]
+    assert found["letters of the word so far"][:9] == [1, 2, 3, 0, 0, 1, 2, 3, 0]
+    assert found["length of the sentence so far"][3:6] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("cell,gate", [("lstm", "forget"), ("gru", "update"), ("rnn", None)])
+def test_a_page_shows_what_the_cells_do(folder, monkeypatch, capsys, cell, gate):
+    monkeypatch.chdir(folder)
+    text = "".join(f"<b>{n}</b></script>:\n{n} sees {n} & {n}.\n\n" for n in ("Ann", "Bob") * 400)
+    (folder / "tags.txt").write_text(text)
+    train_shakespeare.main(["--data", "tags.txt", "--steps", "30", "--cell", cell, "--out", cell,
+                            *map(str, SMALL), "--layers", "2"])
+    train_shakespeare.main(["--sample", f"{cell}/best.pt", "--data", "tags.txt",
+                            "--show", "p.html"])
+    assert capsys.readouterr().out.endswith("page: p.html\n")
+    assert not list(folder.glob("*.partial"))
+    source, data = page(folder / "p.html")
+    begin = text.index(data["text"][:60], int(0.9 * len(text)))
+    assert text[begin:].startswith(data["text"]) and len(data["text"]) > 500
+    assert "<b>Ann" not in source and "which it was not trained on" in source
+    assert not re.search(r"""(src|href|url)\W*[=(]|https?:|@import""", source)  # needs nothing else
+    assert "prefers-color-scheme: dark" in source and "width=device-width" in source
+    names = [view["name"] for view in data["views"]]
+    assert {"position in the line", "letters of the word so far", "surprise"} <= set(names)
+    assert "Too rare in this text to tell: inside quotes" in source
+    assert (f"openness of the {gate} gate" in names) == (gate is not None)
+    assert ("An RNN has no gate to show" in source) == (gate is None)
+    for view in data["views"]:
+        assert len(view["values"]) == len(data["text"])
+        assert all(-1 <= v <= 1 for v in view["values"]) or view["name"] == "surprise"
+        if "openness" in view["name"]:
+            assert re.search(r"on average 0\.\d\d at letters, 0\.\d\d at spaces", view["note"])
+    assert source.count("<polyline") == 2 and source.count("<circle") == 2 * 10
+    model, _, training = rnn.load(f"{cell}/best.pt")
+    for step, loss, held_out in training["run"]["history"]:
+        assert f"step {step:,}: training loss {loss:.4f} nats" in source
+        assert f"step {step:,}: held-out loss {held_out:.4f} nats" in source
+
+
+def test_a_page_s_cell_is_the_one_that_was_planted(folder):
+    """Of three cells the second counts letters, with noise and a minus; the page finds it."""
+    text = "one two, three four. " * 100
+    found = train_shakespeare.features(text)
+    letters = torch.tensor(found["letters of the word so far"]).float()
+    cells = torch.stack((torch.randn(len(text)), 0.3 * torch.randn(len(text)) - letters,
+                         torch.randn(len(text))), dim=1)
+    chosen, rare = train_shakespeare.choose(cells, found)
+    assert chosen[0][:2] == ("letters of the word so far", 1) and -1 < chosen[0][2] < -0.95
+    assert set(rare) == {"inside quotes", "inside a speaker's name", "inside a question"}
+
+
+def test_what_the_page_hears_is_what_the_network_does(folder):
+    model, vocab, _ = rnn.load(folder / "out" / "best.pt")
+    ids = vocab.encode((folder / "text.txt").read_text())[:1500]  # more than one piece
+    cells, gate, surprise = train_shakespeare.listen(rnn, model, ids)
+    with torch.no_grad():
+        _, _, traces = model.rnn.trace(model.embedding(ids[:-1, None]))
+        torch.testing.assert_close(cells, traces[0]["c"][:, 0].tanh())
+        torch.testing.assert_close(gate, traces[0]["f"].mean((1, 2)))
+    assert surprise.mean().item() == pytest.approx(rnn.evaluate(model, ids), rel=1e-5)
+    assert model.rnn.forward.__func__ is rnn.RNNBase.forward and model.training
+
+
+def test_a_page_from_another_text_or_a_young_checkpoint(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    model, vocab, _ = rnn.load("out/best.pt")
+    rnn.save("young.pt", model, vocab)
+    train_shakespeare.main(["--sample", "young.pt", "--data", "text.txt", "--show", "young.html"])
+    source, _ = page(folder / "young.html")
+    assert "fewer than two evaluations" in source
+    assert "not the text it was trained on" in source and "after 0 steps" in source
+
+
+@pytest.mark.parametrize("arguments,message", [
+    (["--show", "x.html"], "--show needs a checkpoint to look into: --sample CKPT"),
+    (["--sample", "none.pt", "--show", "x.html"], "none.pt"),
+    (["--sample", "out/best.pt", "--data", "none.txt", "--show", "x.html"], "none.txt"),
+    (["--sample", "out/best.pt", "--data", "other.txt", "--show", "x.html"],
+     "not in the vocabulary: "),
+    (["--sample", "out/best.pt", "--data", "short.txt", "--show", "x.html"],
+     "--show needs two characters in the last tenth of a text, short.txt has 1 there"),
+    (["--sample", "out/best.pt", "--data", "text.txt", "--show", "none/x.html"],
+     "cannot write the page none/x.html: .*No such file"),
+    (["--sample", "out/best.pt", "--data", "text.txt", "--show", "out"],
+     "cannot write the page out: .*directory"),
+    (["--sample", "other.pt", "--data", "text.txt", "--show", "x.html"],
+     "--show needs a CharLM of characters, other.pt is a Other of characters"),
+    (["--sample", "words.pt", "--data", "text.txt", "--show", "x.html"],
+     "--show needs a CharLM of characters, words.pt is a CharLM of words"),
+])
+def test_a_page_that_cannot_be_made_is_one_clear_error(folder, monkeypatch, arguments, message):
+    monkeypatch.chdir(folder)
+
+    class Other(torch.nn.Module):
+        def __init__(self, vocab_size=0, **config):
+            super().__init__()
+            self.vocab_size, self.config = vocab_size, {"vocab_size": vocab_size, "cell": "lstm"}
+
+    monkeypatch.setitem(rnn.MODELS, "Other", Other)
+    model, vocab, _ = rnn.load("out/best.pt")
+    rnn.save("other.pt", Other(len(vocab)), vocab)
+    rnn.save("words.pt", model, rnn.Vocab(vocab.symbols, words=True))
+    with pytest.raises(ERRORS, match=message):
+        train_shakespeare.main(arguments)
+    assert not list(folder.glob("*.partial")) and not (folder / "x.html").exists()
 
 
 @pytest.mark.parametrize("arguments,message", [

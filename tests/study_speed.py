@@ -1,0 +1,167 @@
+"""How fast: four gates in one product, RNN, GRU and LSTM, packing, embedding, time first.
+
+    python tests/study_speed.py
+
+What is printed are medians of the ratios of neighbouring runs, by turns, since machines are noisy.
+"""
+
+import argparse
+import contextlib
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from bench_lstm import interleaved, ratio
+from study import show_table
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import rnn
+
+
+def four_gates(x, h, w, b):
+    """An LSTM's gates, (B, 4H), by one product for each: x (B, I), h (B, H), w (4H, H + I)."""
+    both = torch.cat((h, x), dim=1)  # (B, H + I)
+    return torch.cat([both @ wk.T + bk for wk, bk in zip(w.chunk(4), b.chunk(4))], dim=1)
+
+
+def one_product(x, h, w, b):
+    return torch.cat((h, x), dim=1) @ w.T + b
+
+
+def gates(form, B, I, H, train):
+    """A function that computes the gates of one step, and with train their gradients, too."""
+    torch.manual_seed(0)
+    x, h, w, b = torch.randn(B, I), torch.randn(B, H), torch.randn(4 * H, H + I), torch.randn(4 * H)
+    if not train:
+        return functools.partial(torch.no_grad()(form), x, h, w, b)
+    inputs = [v.requires_grad_() for v in (x, h, w, b)]
+    weight = torch.randn(B, 4 * H)
+    return lambda: torch.autograd.grad(form(*inputs), inputs, weight)
+
+
+def training_step(layer, x):
+    """A function that runs a layer forwards and backwards."""
+    def run():
+        layer.zero_grad()
+        output = layer(x)[0]
+        output = output.data if isinstance(output, nn.utils.rnn.PackedSequence) else output
+        output.sum().backward()
+    return run
+
+
+class Plain(rnn.LSTM):
+    def step(self, *args):  # any step but lstm_step itself takes the plain path
+        return rnn.lstm_step(*args)
+
+
+def some_lengths(B, longest):
+    """B lengths, evenly from 1 to the longest, in any order."""
+    torch.manual_seed(0)
+    return torch.linspace(1, longest, B).long()[torch.randperm(B)]
+
+
+def symbol_reader(vocab_size, one_hot, B=32, T=64):
+    """The cost of reading symbols only: embedding or one-hot vectors, and the product with W_ih."""
+    ids = torch.randint(vocab_size, (T, B))
+    weight = nn.Parameter(torch.randn(4 * 128, vocab_size if one_hot else 64))
+    table = nn.Parameter(torch.randn(vocab_size, 64))
+
+    def run():
+        x = F.one_hot(ids, vocab_size).float() if one_hot else F.embedding(ids, table)
+        F.linear(x, weight).sum().backward()
+    return run
+
+
+def measure(seconds):
+    """Lines of (claim, setting, ratio)."""
+    lines = []
+
+    def compare(claim, setting, slow, fast):
+        lines.append((claim, setting, f"{ratio(*interleaved([slow, fast], seconds)):.2f}"))
+
+    for B, I, H in ((1, 64, 128), (32, 64, 128), (32, 256, 512), (128, 256, 512)):
+        for train in (False, True):
+            compare("four gates, four products / one", f"B {B}, I {I}, H {H}, "
+                    + ("with gradients" if train else "forward"),
+                    *(gates(form, B, I, H, train) for form in (four_gates, one_product)))
+    for B, T, I, H in ((32, 64, 64, 128), (32, 64, 256, 512)):
+        x = torch.randn(T, B, I)
+        for module, library in ((nn, "torch.nn"), (rnn, "this library")):
+            steps = {name: training_step(getattr(module, name)(I, H), x)
+                     for name in ("RNN", "GRU", "LSTM")}
+            fused = ", fused LSTM" if module is rnn and rnn.fused else ""
+            for name in ("RNN", "GRU"):
+                compare(f"LSTM / {name}, training", f"{library}{fused}, B {B}, T {T}, H {H}",
+                        steps["LSTM"], steps[name])
+        slow = training_step(Plain(I, H), x)
+        for name in ("RNN", "GRU"):
+            compare(f"LSTM / {name}, training", f"this library, plain path, B {B}, T {T}, H {H}",
+                    slow, training_step(getattr(rnn, name)(I, H), x))
+    lengths, x = some_lengths(32, 100), torch.randn(100, 32, 64)
+    packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
+    for name, layer in (("nn.LSTM", nn.LSTM(64, 128)), ("nn.GRU", nn.GRU(64, 128)),
+                        ("rnn.LSTM", rnn.LSTM(64, 128)), ("rnn.GRU", rnn.GRU(64, 128))):
+        compare("padded / packed, training", f"{name}, lengths 1 to 100, half of it padding",
+                training_step(layer, x), training_step(layer, packed))
+    for V in (65, 5000):
+        compare("one-hot / embedding of 64", f"V {V}, reading only",
+                symbol_reader(V, True), symbol_reader(V, False))
+    first = nn.LSTM(64, 128, batch_first=True)
+    compare("batch first / time first", "nn.LSTM, B 32, T 64, H 128, training",
+            training_step(first, torch.randn(32, 64, 64)),
+            training_step(nn.LSTM(64, 128), torch.randn(64, 32, 64)))
+    batches = rnn.Batches(torch.randint(65, (1_000_000,)), 32, 64)
+    model = rnn.CharLM(65, hidden=128)
+
+    def step():
+        x, y = batches.next()
+        rnn.cross_entropy(model(x)[0], y).backward()
+
+    compare("training step / its data", "rnn.CharLM, H 128, Batches.next", step, batches.next)
+    return lines
+
+
+# ----------------------------------------------------------------------------------------------
+# For pytest: the rivals compute the same
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_four_products_and_one_compute_the_same(train):
+    results = [gates(form, 3, 5, 4, train)() for form in (four_gates, one_product)]
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("layer", [rnn.LSTM(3, 4), rnn.GRU(3, 4), rnn.RNN(3, 4)])
+def test_packing_leaves_out_only_padding(layer):
+    lengths, x = some_lengths(6, 12), torch.randn(12, 6, 3)
+    packed = layer(pack_padded_sequence(x, lengths, enforce_sorted=False))[0]
+    output, _ = nn.utils.rnn.pad_packed_sequence(packed)
+    padded = layer(x)[0]
+    for b, length in enumerate(lengths):
+        torch.testing.assert_close(output[:length, b], padded[:length, b])
+    assert len(packed.data) == lengths.sum() < 0.6 * 12 * 6
+
+
+def test_an_embedding_is_a_one_hot_product():
+    table, ids = torch.randn(9, 4), torch.randint(9, (5,))
+    torch.testing.assert_close(F.one_hot(ids, 9).float() @ table, F.embedding(ids, table))
+
+
+# ----------------------------------------------------------------------------------------------
+# In full
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each line of the table")
+    args = parser.parse_args()
+    with contextlib.suppress(RuntimeError):  # without a compiler the plain path runs
+        rnn.build()
+    print(f"{torch.get_num_threads()} threads, float32, torch {torch.__version__}")
+    show_table(["claim", "setting", "ratio of times"], measure(args.seconds))
+
+
+if __name__ == "__main__":
+    main()
