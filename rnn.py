@@ -593,42 +593,43 @@ def evaluating(model):
 class CharLM(nn.Module):
     """Language model, T symbols in, T predictions out: embedding, layers, output.
 
-    cell: a name in CELLS. dropout: on the embedding, between layers and on the output, never on
-    the recurrence; variational: by one mask for all steps of a sequence (Gal & Ghahramani 2016).
-    tie: one matrix serves as embedding and as output weights, so embed must equal hidden. one_hot:
-    no embedding, the layer reads one-hot vectors (embed is not used).
+    cell: a name in CELLS. dropout: on the embedding (embed_dropout there, if given), between layers
+    and on the output, never on the recurrence; variational: by one mask for all steps of a sequence
+    (Gal & Ghahramani 2016). tie: one matrix serves as embedding and as output weights, so embed
+    must equal hidden. one_hot: no embedding, the layer reads one-hot vectors (embed is not used).
     Raises ValueError for values that do not fit."""
 
     def __init__(self, vocab_size, embed=64, hidden=256, layers=1, cell="lstm", dropout=0.0,
-                 tie=False, one_hot=False, variational=False):
+                 embed_dropout=None, tie=False, one_hot=False, variational=False):
         super().__init__()
         if tie and (one_hot or embed != hidden):
             raise ValueError("tie=True makes the embedding the output weights: it needs embed == "
                              f"hidden and one_hot=False, got {embed=}, {hidden=}, {one_hot=}")
         self.config = dict(vocab_size=vocab_size, embed=embed, hidden=hidden, layers=layers,
-                           cell=cell, dropout=dropout, tie=tie, one_hot=one_hot,
-                           variational=variational)
+                           cell=cell, dropout=dropout, embed_dropout=embed_dropout, tie=tie,
+                           one_hot=one_hot, variational=variational)
         self.vocab_size = vocab_size
         self.embedding = None if one_hot else nn.Embedding(vocab_size, embed)
         self.rnn = make_layers(cell, vocab_size if one_hot else embed, hidden, layers, dropout)
         self.rnn.variational = variational
+        self.embed_dropout = nn.Dropout(dropout if embed_dropout is None else embed_dropout)
         self.dropout = nn.Dropout(dropout)
         self.output = nn.Linear(hidden, vocab_size)
         if tie:
             self.embedding.weight = self.output.weight  # whose initial values suit the logits
 
-    def drop(self, x):  # (T, B, features)
+    def drop(self, x, dropout):  # (T, B, features)
         if self.rnn.variational:
-            return x * self.dropout(torch.ones_like(x[:1]))  # (1, B, features), for all T
-        return self.dropout(x)
+            return x * dropout(torch.ones_like(x[:1]))  # (1, B, features), for all T
+        return dropout(x)
 
     def forward(self, ids, state=None):
         """ids (B, T) -> logits (B, T, V) and the state after them, as the layer's."""
         if ids.dim() != 2:
             raise ValueError(f"CharLM: Expected ids to be 2D, (B, T), got {ids.dim()}D instead")
         x = embed_ids(self, ids.t())  # (T, B, I): layers run with time first
-        x, state = self.rnn(self.drop(x), state)  # (T, B, H)
-        return self.output(self.drop(x)).transpose(0, 1), state  # (B, T, V)
+        x, state = self.rnn(self.drop(x, self.embed_dropout), state)  # (T, B, H)
+        return self.output(self.drop(x, self.dropout)).transpose(0, 1), state  # (B, T, V)
 
     def init_state(self, batch):
         """The state before the first symbol: zeros, (layers, B, H), for lstm a tuple of two."""
@@ -930,6 +931,20 @@ def evaluate(model, ids, batch=64, context=256):
             logits, _ = model(ids[None, batch * length : -1], state)
             total += cross_entropy(logits, ids[None, batch * length + 1 :], reduction="sum")
     return float(total) / predictions
+
+
+def evaluate_windows(model, ids, window=256, stride=64, batch=64):
+    """The mean loss over windows of a text, each read from no state: one of `window` predictions
+    begins at every `stride`-th symbol. This is nanoGPT's measure (which draws windows at random).
+    A window's first predictions see little of the text, so it is above `evaluate`'s. In nats per
+    symbol. Raises ValueError if not one window fits into ids (L,)."""
+    if len(ids) < window + 1 or window < 1:
+        raise ValueError(f"a text of {len(ids)} symbols has no window of {window} predictions")
+    windows = ids.unfold(0, window + 1, stride)  # (windows, window + 1)
+    with evaluating(model):
+        losses = [cross_entropy(model(rows[:, :-1])[0], rows[:, 1:], reduction="sum").double()
+                  for rows in windows.split(batch)]
+    return float(sum(losses)) / (len(windows) * window)
 
 
 def perplexity(model, ids, batch=64):

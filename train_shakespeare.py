@@ -28,8 +28,10 @@ URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshake
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 # What a run uses unless told otherwise: by the command line, or by the checkpoint it resumes.
-MODEL = {"cell": "lstm", "layers": 1, "hidden": 256, "embed": 64, "dropout": 0.0}
-TRAINING = {"batch": 32, "context": 64, "lr": 4e-3, "dtype": "float32", "seed": 1}
+MODEL = {"cell": "lstm", "layers": 1, "hidden": 512, "embed": 64, "dropout": 0.5,
+         "embed_dropout": 0.15, "variational": True}
+TRAINING = {"batch": 32, "context": 64, "lr": 5e-3, "weight_decay": 0.05, "seed": 1,
+            "dtype": None}  # see fast_dtype
 
 
 # ----------------------------------------------------------------------------------------------
@@ -352,19 +354,24 @@ def make_parser():
     add("--sample", metavar="CKPT", help="do not train, only let this checkpoint write")
     add("--show", metavar="HTML", help="with --sample: instead, write a page that shows what the "
                                        "network's cells do as it reads held-out text")
-    add("--cell", choices=["lstm", "gru", "rnn"], help=f"default {MODEL['cell']}")
-    for name in ("layers", "hidden", "embed"):
-        add(f"--{name}", type=int, metavar="N", help=f"default {MODEL[name]}")
-    add("--dropout", type=float, metavar="P", help=f"default {MODEL['dropout']}")
-    for name in ("batch", "context"):
-        add(f"--{name}", type=int, metavar="N", help=f"default {TRAINING[name]}")
+    add("--cell", metavar="CELL", help="lstm (the default), gru, rnn, or another of rnn.CELLS")
+    for name in ("layers", "hidden", "embed", "batch", "context"):
+        add(f"--{name}", type=int, metavar="N", help=f"default {(MODEL | TRAINING)[name]}")
+    add("--dropout", type=float, metavar="P", help="on the output and between layers, default "
+                                                   f"{MODEL['dropout']}")
+    add("--embed-dropout", type=float, metavar="P", help="on the embedding, default "
+                                                         f"{MODEL['embed_dropout']}")
+    add("--variational", action=argparse.BooleanOptionalAction,
+        help="drop the same units at all steps of a chunk, not others at each; default: yes")
     add("--lr", type=float, help=f"largest learning rate, default {TRAINING['lr']}")
+    add("--weight-decay", type=float, metavar="W", help=f"default {TRAINING['weight_decay']}")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--seconds", type=float, metavar="S",
                         help="length of the whole run, default 180")
     length.add_argument("--steps", type=int, metavar="N", help="the same in optimizer steps")
     add("--device", help="default: cuda if there is one, else cpu")
-    add("--dtype", choices=["float32", "bfloat16"], help=f"default {TRAINING['dtype']}")
+    add("--dtype", choices=["float32", "bfloat16"],
+        help="default: bfloat16 where the device has a unit for it, else float32")
     add("--seed", type=int, metavar="N", help=f"default {TRAINING['seed']}")
     add("--no-fused", action="store_true", help="never use the fused LSTM of csrc/")
     add("--prompt", default="", metavar="TEXT", help="what the sample continues")
@@ -396,6 +403,18 @@ def build_fused(rnn, cell):
         if rnn.FUSED == "1":
             raise ValueError(error) from error
         print(f"plain path: {first_line(error)}", file=sys.stderr, flush=True)
+
+
+def fast_dtype(device):
+    """bfloat16 where the device multiplies matrices of it (AVX-512's products of pairs are no
+    quicker than float32), else float32."""
+    import torch
+
+    if device.startswith("cuda"):
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = torch.cpu.get_capabilities().get("amx_bf16")
+    return "bfloat16" if fast else "float32"
 
 
 def first_line(error):
@@ -437,6 +456,7 @@ def main(argv=None):
     settings = settle(args, {**MODEL, **TRAINING}, stored, args.resume)
     model_settings = {name: settings.pop(name) for name in MODEL}
     build_fused(rnn, model_settings["cell"])
+    settings["dtype"] = settings["dtype"] or fast_dtype(device)
     length = {"steps": args.steps, "seconds": args.seconds}
     if not (args.steps or args.seconds):
         length = {name: stored.get(name) for name in length} if stored else {"seconds": 180.0}
@@ -463,14 +483,15 @@ def main(argv=None):
           f"training: {settings}, {length}", flush=True)
 
     out = args.out or (os.path.dirname(args.resume) or "." if args.resume else "out")
-    evals = 10 if length.get("steps") else min(10, max(1, int(length["seconds"] / 20)))
+    evals = 10 if length.get("steps") else min(10, max(1, int(length["seconds"] / 30)))
     result = rnn.train(model, vocab, ids[:split], ids[split:], out, evals=evals, resume=resumed,
                        notes={**settings, **length, "sha256": digest},
                        **{**settings, **length, "dtype": dtype})
-    loss = result["val_loss"]
+    loss, window = result["val_loss"], min(256, len(ids) - split - 1)
+    windowed = rnn.evaluate_windows(model, ids[split:], window)
     print(f"final val_loss={loss:.4f} nats bpc={loss / math.log(2):.4f} "
           f"ppl={math.exp(loss):.3f} chars_per_s={result['chars_per_s']:.0f} "
-          f"seconds={result['seconds']:.1f} params={params}")
+          f"seconds={result['seconds']:.1f} params={params} windows_of_{window}={windowed:.4f}")
     print(f"sample, from {out}/best.pt at temperature {args.temperature}:")
     sample(model, vocab)
 

@@ -99,6 +99,16 @@ def test_variational_dropout_of_a_char_lm(vocab, ids):
         assert torch.equal(model.eval()(x)[0][0], model(x)[0][1])
 
 
+def test_dropout_of_the_embedding_is_its_own(vocab, ids):
+    """All dropped: of the embedding, then one text is like another; of the output, its bias is
+    left."""
+    x = ids[:60].view(3, 20)
+    blind, deaf = (small(vocab, dropout=1.0 - p, embed_dropout=p).train() for p in (1.0, 0.0))
+    assert torch.equal(blind(x)[0], blind(x.flip(0))[0])
+    assert torch.equal(deaf(x)[0], deaf.output.bias.expand(3, 20, -1))
+    assert not torch.equal(deaf(x)[1][0], deaf(x.flip(0))[1][0])
+
+
 # ---- classifier ----
 
 LENGTHS = [5, 1, 7, 3]
@@ -446,6 +456,17 @@ def test_evaluate_wrong_arguments(vocab):
     for ids, batch, context in ((1, 64, 256), (5, 0, 256), (5, 64, 0)):
         with pytest.raises(ValueError, match=f"got {ids}, {batch} and {context}"):
             rnn.evaluate(small(vocab), torch.zeros(ids, dtype=torch.long), batch, context)
+
+
+def test_windows_by_hand(vocab, ids):
+    model = small(vocab).double()
+    losses = [nn.functional.cross_entropy(model(ids[None, k : k + 20])[0][0], ids[k + 1 : k + 21])
+              for k in range(0, len(ids) - 20, 7)]
+    windowed = rnn.evaluate_windows(model, ids, window=20, stride=7, batch=16)
+    assert windowed == pytest.approx(torch.stack(losses).mean().item(), rel=1e-6)
+    assert windowed > rnn.evaluate(model, ids)
+    with pytest.raises(ValueError, match="of 20 symbols has no window of 20 predictions"):
+        rnn.evaluate_windows(model, ids[:20], window=20)
 
 
 def test_evaluate_sees_states_however_small():

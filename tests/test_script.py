@@ -16,7 +16,7 @@ import rnn
 import train_shakespeare
 
 FINAL = re.compile(r"final val_loss=(\d\.\d{4}) nats bpc=\d\.\d{4} ppl=\d+\.\d{3} chars_per_s=\d+ "
-                   r"seconds=\d+\.\d params=\d+\n")
+                   r"seconds=\d+\.\d params=\d+ windows_of_\d+=\d\.\d{4}\n")
 SMALL = ["--hidden", 16, "--embed", 8, "--batch", 4, "--context", 16, "--length", 30]
 
 
@@ -190,7 +190,7 @@ def test_a_page_that_cannot_be_made_is_one_clear_error(folder, monkeypatch, argu
     (["--sample", "out/best.pt", "--prompt", "Zoë"], "not in the vocabulary: 'Z', 'ë'"),
     (["--sample", "out/best.pt", "--temperature", "-1"], "temperature must be .*, got -1"),
     (["--resume", "out/last.pt", "--data", "text.txt", "--hidden", "32", "--lr", "1"],
-     r"cannot go on with --hidden 32 \(it was 16\), --lr 1.0 \(it was 0.004\)"),
+     r"cannot go on with --hidden 32 \(it was 16\), --lr 1.0 \(it was 0.005\)"),
     (["--resume", "out/last.pt", "--data", "other.txt"], "was trained on a text with sha256"),
     (["--data", "none.txt"], "none.txt"), (["--data", "empty.txt"], "empty text"),
     (["--data", "short.txt", *SMALL], "a text of 9 symbols is too short"),
