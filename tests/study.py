@@ -8,6 +8,10 @@ import torch
 HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))  # rnn.py, when a study runs as a script
 
+# The same in every picture; these colours differ for the colour-blind, too (Okabe & Ito 2008).
+NAMES = {"rnn": "RNN", "lstm": "LSTM", "gru": "GRU"}
+COLOURS = {"rnn": "#d55e00", "lstm": "#0072b2", "gru": "#009e73"}
+
 
 def fit(model, next_loss, steps, lr=3e-3, clip=1.0, weight_decay=0.0):
     """AdamW on `steps` losses, each made by next_loss(); the rate falls to 0 along a cosine.
@@ -43,6 +47,9 @@ def save_figure(name, draw, **subplots):
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(layout="constrained", **subplots)
+    for each in figure.axes:
+        each.grid(alpha=0.3)
+        each.spines[["top", "right"]].set_visible(False)
     draw(axes)
     path = HERE / "figures" / f"{name}.png"
     path.parent.mkdir(exist_ok=True)
