@@ -121,23 +121,24 @@ def features(text):
 
 
 def listen(rnn, model, ids):
-    """Let the network read ids (T + 1,). Returns the activation of every cell, (T, layers * H),
-    which is tanh(c) where there is a c, else h; the mean of the gate that keeps the state, f or z,
-    (T,), or None for an RNN; and the surprise, the nats that each next symbol cost, (T,)."""
+    """Let the network read ids (T,). Returns the activation of every cell, (T, layers * H), which
+    is tanh(c) where there is a c, else h; the mean of the gate that keeps the state, f or z, (T,),
+    or None for an RNN; and the surprise, the nats that each symbol but the first cost, (T,)."""
     import torch
 
     cells, gates, losses = [], [], []
     gate = {4: "f", 3: "z"}.get(model.rnn.gates)
     with rnn.evaluating(model):
         state = model.init_state(1)
-        for chunk in ids[:-1].split(1000):  # a trace takes memory
+        for chunk in ids.split(1000):  # a trace takes memory
             h, state, traces = model.rnn.trace(rnn.embed_ids(model, chunk[:, None]), state)
             seen = [t["c"].tanh() if "c" in t else t["h"] for t in traces]  # (T, 1, H) each
             cells.append(torch.cat(seen, dim=-1)[:, 0].cpu())
             if gate:
                 gates.append(torch.cat([t[gate] for t in traces], -1).mean((1, 2)).cpu())
             losses.append(-model.output(h[:, 0]).log_softmax(-1).cpu())  # (T, V)
-    surprise = torch.cat(losses).gather(1, ids[1:, None].cpu())[:, 0]
+    surprise = torch.zeros(len(ids))
+    surprise[1:] = torch.cat(losses)[:-1].gather(1, ids[1:, None].cpu())[:, 0]
     return torch.cat(cells), torch.cat(gates) if gate else None, surprise
 
 
@@ -199,7 +200,7 @@ def mean_by_kind(gate, text):
 
 
 def make_page(rnn, model, history, ids, text, about):
-    """The page as HTML, all in one: of text (T,), and ids (T + 1,), with the symbol after it."""
+    """The page as HTML, all in one, of a text and its ids (T,)."""
     cells, gate, surprise = listen(rnn, model, ids)
     chosen, rare = choose(cells, features(text))
     half = len(cells) // 2  # shown is the part on which the cells are judged, from a speech on
@@ -208,14 +209,14 @@ def make_page(rnn, model, history, ids, text, about):
     part = slice(begin, begin + SHOWN)
     hidden, lstm = model.config["hidden"], model.rnn.states == 2
 
-    def view(name, note, values, low, high):
-        return {"name": name, "note": note, "low": low, "high": high,
+    def view(name, note, values, low, middle, high):
+        return {"name": name, "note": note, "low": low, "middle": middle, "high": high,
                 "values": [round(float(v), 3) for v in values[part]]}
 
     views = [view(name, f"{'tanh(c)' if lstm else 'h'} of cell {cell % hidden} in layer "
                   f"{cell // hidden}, the one of {cells.shape[1]} that follows this most closely "
                   "in the first half of the text; correlation in the second half, shown here: "
-                  f"{r:+.2f}", cells[:, cell], -1, 1) for name, cell, r in chosen]
+                  f"{r:+.2f}", cells[:, cell], -1, 0, 1) for name, cell, r in chosen]
     missing = [f"Too rare in this text to tell: {', '.join(rare)}."] if rare else []
     if gate is None:
         missing.append("An RNN has no gate to show.")
@@ -223,8 +224,8 @@ def make_page(rnn, model, history, ids, text, about):
         views.append(view(f"openness of the {'forget' if lstm else 'update'} gate",
                           f"mean of {'f' if lstm else 'z'} over all cells: the part of the state "
                           "that is kept at this character; on average " + mean_by_kind(gate, text),
-                          gate, float(gate.min()), float(gate.max())))
-    views.append(view("surprise", "nats that the character after this one costs", surprise, 0, 6))
+                          gate, *(float(v) for v in (gate.min(), gate.mean(), gate.max()))))
+    views.append(view("surprise", "nats that this character cost", surprise, 0, 0, 6))
     data = json.dumps({"text": text[part], "views": views}).replace("<", "\\u003c")
     page = PAGE
     for name, value in (("ABOUT", html.escape(about)), ("MISSING", " ".join(missing)),
@@ -241,7 +242,7 @@ def look_inside(rnn, model, vocab, training, args):
     text, name = (read_text(args.data), args.data) if args.data else shakespeare()
     digest = hashlib.sha256(text.encode("utf-8")).hexdigest()
     known = (training.get("notes") or {}).get("sha256") == digest
-    text = text[int(0.9 * len(text)) :][: SCORED + 1]
+    text = text[int(0.9 * len(text)) :][:SCORED]
     if len(text) < 2:
         raise ValueError(f"--show needs two characters in the last tenth of a text, {name} has "
                          f"{len(text)} there")
@@ -250,7 +251,7 @@ def look_inside(rnn, model, vocab, training, args):
              f"reads the last tenth of {name}, "
              + ("which it was not trained on." if known else "not the text it was trained on."))
     ids = vocab.encode(text).to(model.output.weight.device)
-    page = make_page(rnn, model, run["history"], ids, text[:-1], about)
+    page = make_page(rnn, model, run["history"], ids, text, about)
     pathlib.Path(args.show).write_text(page, encoding="utf-8")
     print(f"page: {args.show}")
 
@@ -300,14 +301,15 @@ const spans = symbols.map((symbol, k) => {
 });
 let view;
 function colour(v) {  // below the middle blue, above it red; the strength is the distance
-  const x = 2 * (v - view.low) / (view.high - view.low || 1) - 1;
-  return `rgba(var(--${x < 0 ? "blue" : "red"}), ${(0.65 * Math.min(1, Math.abs(x))).toFixed(3)})`;
+  const { low, middle, high } = view;
+  const x = (v - middle) / (Math.max(middle - low, high - middle) || 1);
+  return `rgba(var(--${x < 0 ? "blue" : "red"}), ${(0.6 * Math.min(1, Math.abs(x))).toFixed(3)})`;
 }
 function show(chosen) {
   view = chosen;
   spans.forEach((span, k) => { span.style.background = colour(view.values[k]); });
   [...at("buttons").children].forEach((b, k) => b.setAttribute("aria-pressed", views[k] === view));
-  const steps = [0, 1, 2, 3, 4].map(k => view.low + (view.high - view.low) * k / 4);
+  const steps = Array.from({ length: 41 }, (_, k) => view.low + (view.high - view.low) * k / 40);
   at("scale").style.background = `linear-gradient(to right, ${steps.map(colour)})`;
   at("note").textContent = view.note;
   at("low").textContent = view.low.toFixed(2);
