@@ -56,8 +56,8 @@ def test_the_poems_come_back():
     model, vocab, _ = learn()
     assert remembered(model, vocab, 2) == POEMS
     assert remembered(model, vocab, 1)[:3] == POEMS[:3]
-    unclear, clear = foreseen(model, vocab, 1), foreseen(model, vocab, 3)
-    assert unclear.min() < 0.5 < 0.9 < clear.min()  # 月 is followed by 光, and elsewhere by a comma
+    unclear, clear = (foreseen(model, vocab, known)[:-10] for known in (1, 3))
+    assert unclear.min() < 0.5 < 0.9 < clear.min()  # but for 10: no window of training begins there
 
 
 def main():
