@@ -1,5 +1,7 @@
-"""What the studies share: a short training loop, tables, pictures."""
+"""What the studies share: a short training loop, the text, tables, pictures."""
 
+import argparse
+import contextlib
 import pathlib
 import sys
 
@@ -34,6 +36,20 @@ def show_table(head, rows):
     """Print a table in Markdown, as the README has it."""
     lines = [head, ["---"] * len(head), *rows]
     print("\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines), flush=True)
+
+
+def text_and_fused_lstm():
+    """The text that the command line names by --data, or Tiny Shakespeare. The fused LSTM is built
+    if there is a compiler."""
+    import rnn
+    import train_shakespeare
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--data", help="a UTF-8 text; default: Tiny Shakespeare")
+    path = parser.parse_args().data
+    with contextlib.suppress(RuntimeError):  # without a compiler the plain path runs
+        rnn.build()
+    return train_shakespeare.read_text(path) if path else train_shakespeare.shakespeare()[0]
 
 
 def save_figure(name, draw, **subplots):

@@ -8,7 +8,6 @@ One layer of 64 units, 250 steps of 2,048 symbols, three seeds. The loss is exac
 name is as in the first line.
 """
 
-import argparse
 import contextlib
 import io
 import math
@@ -17,12 +16,11 @@ import sys
 import tempfile
 
 import torch
-from study import fit, save_figure, show_table
+from study import fit, save_figure, show_table, text_and_fused_lstm
 from study_memory import gradient_by_distance, memory
 from torch import nn
 
 import rnn
-import train_shakespeare
 
 # Lines of the table: group, name, settings of `run`.
 LINES = [
@@ -166,13 +164,7 @@ def test_greedy_text_repeats_itself_and_warming_up_helps(text):
 
 
 def main(seeds=3, steps=250):
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--data", help="a UTF-8 text; default: Tiny Shakespeare")
-    args = parser.parse_args()
-    text = (train_shakespeare.read_text(args.data) if args.data
-            else train_shakespeare.shakespeare()[0])
-    with contextlib.suppress(RuntimeError):  # without a compiler the plain path runs
-        rnn.build()
+    text = text_and_fused_lstm()
     vocab = rnn.Vocab.of(text)
     ids = vocab.encode(text)
     split = int(0.9 * len(ids))

@@ -8,7 +8,6 @@ its model (two layers of 256, embedding 64, dropout 0.3, rate 0.001), and what m
 the same number of steps.
 """
 
-import argparse
 import contextlib
 import io
 import math
@@ -16,10 +15,9 @@ import sys
 import tempfile
 
 import torch
-from study import save_figure, show_table
+from study import save_figure, show_table, text_and_fused_lstm
 
 import rnn
-import train_shakespeare
 
 STEPS = 500  # of 32 x 35 symbols: twice through the text
 TIED = dict(embed=256, hidden=256, tie=True)
@@ -62,13 +60,7 @@ def test_words_are_learnt(text):
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--data", help="a UTF-8 text; default: Tiny Shakespeare")
-    args = parser.parse_args()
-    text = (train_shakespeare.read_text(args.data) if args.data
-            else train_shakespeare.shakespeare()[0])
-    with contextlib.suppress(RuntimeError):  # without a compiler the plain path runs
-        rnn.build()
+    text = text_and_fused_lstm()
     vocab, train_ids, val_ids = prepare(text, max_size=5000)
     unknown = [(ids == vocab.index["<unk>"]).double().mean() for ids in (train_ids, val_ids)]
     print(f"Words, marks and spaces: {len(train_ids):,} to train on, {len(val_ids):,} held out; "
