@@ -133,17 +133,17 @@ def test_short_strings_backwards():
     assert mirrored(model, vocab, held) > 0.8  # it looks where the letter is
 
 
-@pytest.mark.parametrize("make,least", [(tags, 0.8), (classes, 0.97)])
-def test_special_cases(make, least):
-    pairs = make(10000, 0)
-    model, vocab = learn(pairs, steps=500)
-    assert exact_matches(model, vocab, held_out(make, pairs)) >= least
+@pytest.mark.parametrize("make", [tags, classes])
+def test_special_cases(make):
+    pairs = make(20000, 0)
+    model, vocab = learn(pairs, "lstm", steps=500)
+    assert exact_matches(model, vocab, held_out(make, pairs)) >= 0.97
 
 
 def main():
     rows, kept = [], {}
     longer = strings(1000, 1, shortest=13, longest=20)
-    for make, number, steps in ((dates, 6000, 700), (strings, 60000, 1500), (tags, 20000, 1500),
+    for make, number, steps in ((dates, 6000, 700), (strings, 60000, 1500), (tags, 20000, 500),
                                 (classes, 20000, 500)):
         pairs = make(number, 0)
         held = held_out(make, pairs)
