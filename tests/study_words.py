@@ -87,7 +87,7 @@ def draw(axes, curves):
                   [math.exp(value) for _, _, value in history], marker="o", label=name)
     axes.axhspan(50, 200, color="gray", alpha=0.15, label="50 to 200")
     axes.set(title="Shakespeare in words, 5000 symbols", xlabel="training step",
-             ylabel="held-out perplexity", yscale="log")
+             ylabel="held-out perplexity", ylim=(0, None))
     axes.legend()
 
 
