@@ -111,45 +111,36 @@ def features(text):
     for name, pattern in patterns.items():
         for match in re.finditer(pattern, text, re.M):
             found[name][match.start() : match.end()] = [1] * len(match.group())
-    counts = {"position in the line": "\n", "length of the sentence so far": ".!?:;",
-              "letters of the word so far": None}  # characters since the last one of these
-    for name, ends in counts.items():
+    ends = {"position in the line": "\n".__eq__,
+            "length of the sentence so far": ".!?:;".__contains__,
+            "letters of the word so far": lambda symbol: not symbol.isalpha()}
+    for name, ended in ends.items():  # characters since the last one that ends it
         found[name], count = [], 0
         for symbol in text:
-            ended = symbol in ends if ends else not symbol.isalpha()
-            count = 0 if ended else count + 1
+            count = 0 if ended(symbol) else count + 1
             found[name].append(count)
     return found
 
 
 def listen(rnn, model, ids):
-    """Let the network read ids (T + 1,). Returns the activation of every cell, (T, layers * H),
-    which is tanh(c) where there is a c, else h; the mean of the gate that keeps the state, f or z,
-    (T,), or None for an RNN; and the surprise, the nats that each next symbol cost, (T,)."""
+    """Let the network read ids (T,). Returns the activation of every cell, (T, layers * H), which
+    is tanh(c) where there is a c, else h; the mean of the gate that keeps the state, f or z, (T,),
+    or None for an RNN; and the surprise, the nats that each symbol but the first cost, (T,)."""
     import torch
 
-    cells, gates, losses, traces = [], [], [], []
-
-    def traced(x, state):
-        *result, layers = model.rnn.trace(x, state)
-        traces[:] = layers
-        return result
-
-    model.rnn.forward = traced
+    cells, gates, losses = [], [], []
     gate = {4: "f", 3: "z"}.get(model.rnn.gates)
-    try:
-        with rnn.evaluating(model):
-            state = model.init_state(1)
-            for chunk in ids[:-1].split(1000):  # a trace takes memory
-                logits, state = model(chunk[None], state)  # (1, T, V)
-                seen = [t["c"].tanh() if "c" in t else t["h"] for t in traces]  # (T, 1, H) each
-                cells.append(torch.cat(seen, dim=-1)[:, 0].cpu())
-                if gate:
-                    gates.append(torch.cat([t[gate] for t in traces], -1).mean((1, 2)).cpu())
-                losses.append(logits[0].log_softmax(-1).cpu())
-    finally:
-        del model.rnn.forward
-    surprise = -torch.cat(losses).gather(1, ids[1:, None].cpu())[:, 0]
+    with rnn.evaluating(model):
+        state = model.init_state(1)
+        for chunk in ids.split(1000):  # a trace takes memory
+            h, state, traces = model.rnn.trace(rnn.embed_ids(model, chunk[:, None]), state)
+            seen = [t["c"].tanh() if "c" in t else t["h"] for t in traces]  # (T, 1, H) each
+            cells.append(torch.cat(seen, dim=-1)[:, 0].cpu())
+            if gate:
+                gates.append(torch.cat([t[gate] for t in traces], -1).mean((1, 2)).cpu())
+            losses.append(-model.output(h[:, 0]).log_softmax(-1).cpu())  # (T, V)
+    surprise = torch.zeros(len(ids))
+    surprise[1:] = torch.cat(losses)[:-1].gather(1, ids[1:, None].cpu())[:, 0]
     return torch.cat(cells), torch.cat(gates) if gate else None, surprise
 
 
@@ -180,63 +171,69 @@ def curves(history):
     """The training curves, a list of (step, training loss, held-out loss), as an SVG picture."""
     if len(history) < 2:
         return "<p>The checkpoint has fewer than two evaluations: no curves.</p>"
-    last, losses = history[-1][0], [loss for _, *pair in history for loss in pair]
-    low, high = min(losses), max(losses)
+    steps, *losses = zip(*history)
+    low, high = min(map(min, losses)), max(map(max, losses))
 
     def place(step, loss):
-        return 40 + 330 * step / last, 190 - 170 * (loss - low) / ((high - low) or 1)
+        return 40 + 330 * step / steps[-1], 190 - 170 * (loss - low) / ((high - low) or 1)
 
     parts = []
     for k in range(5):
-        loss = low + (high - low) * k / 4
-        y, x, step = place(0, loss)[1], place(last * k / 4, 0)[0], round(last * k / 4)
+        step, loss = steps[-1] * k / 4, low + (high - low) * k / 4
+        x, y = place(step, loss)
         parts.append(f'<path class="grid" d="M40 {y:.1f}h330"/><text x="34" y="{y + 4:.1f}" '
-                     f'class="left">{loss:.2f}</text><text x="{x:.1f}" y="212">{step:,}</text>')
-    for kind, name in ((1, "training"), (2, "held-out")):
-        points = [(*place(row[0], row[kind]), row[0], row[kind]) for row in history]
-        parts.append(f'<g class="{name}"><polyline points="'
-                     + " ".join(f"{x:.1f},{y:.1f}" for x, y, _, _ in points) + '"/>')
-        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4"><title>step {step:,}: {name} loss '
-                  f"{loss:.4f} nats</title></circle>" for x, y, step, loss in points]
-        parts.append("</g>")
+                     f'class="left">{loss:.2f}</text><text x="{x:.1f}" y="212">{step:,.0f}</text>')
+    for name, values in zip(("training", "held-out"), losses):
+        points = [(*place(step, loss), step, loss) for step, loss in zip(steps, values)]
+        line = " ".join(f"{x:.1f},{y:.1f}" for x, y, _, _ in points)
+        dots = (f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4"><title>step {step:,}: {name} loss '
+                f"{loss:.4f} nats</title></circle>" for x, y, step, loss in points)
+        parts.append(f'<g class="{name}"><polyline points="{line}"/>{"".join(dots)}</g>')
     return f'<svg viewBox="0 0 400 220" role="img">{"".join(parts)}</svg>'
 
 
+def mean_by_kind(gate, text):
+    """A gate's mean (T,) at letters, spaces, line ends and marks, in words."""
+    kinds = {"letters": str.isalpha, "spaces": " ".__eq__, "line ends": "\n".__eq__,
+             "marks": lambda symbol: not symbol.isalnum() and not symbol.isspace()}
+    places = {name: [k for k, symbol in enumerate(text) if is_one(symbol)]
+              for name, is_one in kinds.items()}
+    return ", ".join(f"{gate[at].mean():.2f} at {name}" for name, at in places.items() if at)
+
+
 def make_page(rnn, model, history, ids, text, about):
-    """The page as HTML, all in one: of text (T,), and ids (T + 1,), with the symbol after it."""
+    """The page as HTML, all in one, of a text and its ids (T,)."""
     cells, gate, surprise = listen(rnn, model, ids)
     chosen, rare = choose(cells, features(text))
     half = len(cells) // 2  # shown is the part on which the cells are judged, from a speech on
     speech = text.find("\n\n", half, half + 1000)
     begin = half if speech < 0 else speech + 2
     part = slice(begin, begin + SHOWN)
-    hidden, what = model.config["hidden"], "tanh(c)" if model.rnn.states == 2 else "h"
+    hidden, lstm = model.config["hidden"], model.rnn.states == 2
 
-    def view(name, note, values, low, high):
-        return {"name": name, "note": note, "low": low, "high": high,
+    def view(name, note, values, low, middle, high):
+        return {"name": name, "note": note, "low": low, "middle": middle, "high": high,
                 "values": [round(float(v), 3) for v in values[part]]}
 
-    views = [view(name, f"{what} of cell {cell % hidden} in layer {cell // hidden}, the one "
-                  f"of {cells.shape[1]} that follows this most closely in the first half of the "
-                  f"text; correlation in the second half, shown here: {r:+.2f}",
-                  cells[:, cell], -1, 1) for name, cell, r in chosen]
-    if gate is not None:
-        letter, gate_name = ("f", "forget") if model.rnn.states == 2 else ("z", "update")
-        kinds = {"letters": str.isalpha, "spaces": " ".__eq__, "line ends": "\n".__eq__,
-                 "marks": lambda symbol: not symbol.isalnum() and not symbol.isspace()}
-        places = {name: [k for k, symbol in enumerate(text) if is_one(symbol)]
-                  for name, is_one in kinds.items()}
-        means = [f"{gate[at].mean():.2f} at {name}" for name, at in places.items() if at]
-        views.append(view(f"openness of the {gate_name} gate", f"mean of {letter} over all cells: "
-                          "the part of the state that is kept at this character; on average "
-                          + ", ".join(means), gate, float(gate.min()), float(gate.max())))
-    views.append(view("surprise", "nats that the character after this one costs", surprise, 0, 6))
+    views = [view(name, f"{'tanh(c)' if lstm else 'h'} of cell {cell % hidden} in layer "
+                  f"{cell // hidden}, the one of {cells.shape[1]} that follows this most closely "
+                  "in the first half of the text; correlation in the second half, shown here: "
+                  f"{r:+.2f}", cells[:, cell], -1, 0, 1) for name, cell, r in chosen]
     missing = [f"Too rare in this text to tell: {', '.join(rare)}."] if rare else []
-    missing += ["An RNN has no gate to show."] if gate is None else []
+    if gate is None:
+        missing.append("An RNN has no gate to show.")
+    else:
+        views.append(view(f"openness of the {'forget' if lstm else 'update'} gate",
+                          f"mean of {'f' if lstm else 'z'} over all cells: the part of the state "
+                          "that is kept at this character; on average " + mean_by_kind(gate, text),
+                          gate, *(float(v) for v in (gate.min(), gate.mean(), gate.max()))))
+    views.append(view("surprise", "nats that this character cost", surprise, 0, 0, 6))
     data = json.dumps({"text": text[part], "views": views}).replace("<", "\\u003c")
-    page = PAGE.replace("<!--ABOUT-->", html.escape(about))
-    page = page.replace("<!--MISSING-->", " ".join(missing))
-    return page.replace("<!--CURVES-->", curves(history)).replace("<!--DATA-->", data)
+    page = PAGE
+    for name, value in (("ABOUT", html.escape(about)), ("MISSING", " ".join(missing)),
+                        ("CURVES", curves(history)), ("DATA", data)):
+        page = page.replace(f"<!--{name}-->", value)
+    return page
 
 
 def look_inside(rnn, model, vocab, training, args):
@@ -247,7 +244,7 @@ def look_inside(rnn, model, vocab, training, args):
     text, name = (read_text(args.data), args.data) if args.data else shakespeare()
     digest = hashlib.sha256(text.encode("utf-8")).hexdigest()
     known = (training.get("notes") or {}).get("sha256") == digest
-    text = text[int(0.9 * len(text)) :][: SCORED + 1]
+    text = text[int(0.9 * len(text)) :][:SCORED]
     if len(text) < 2:
         raise ValueError(f"--show needs two characters in the last tenth of a text, {name} has "
                          f"{len(text)} there")
@@ -256,14 +253,8 @@ def look_inside(rnn, model, vocab, training, args):
              f"reads the last tenth of {name}, "
              + ("which it was not trained on." if known else "not the text it was trained on."))
     ids = vocab.encode(text).to(model.output.weight.device)
-    page = make_page(rnn, model, run["history"], ids, text[:-1], about)
-    partial = f"{args.show}.{os.getpid()}.partial"  # so that the page appears whole or not at all
-    try:
-        pathlib.Path(partial).write_text(page, encoding="utf-8")
-        os.replace(partial, args.show)
-    except OSError as error:
-        pathlib.Path(partial).unlink(missing_ok=True)
-        raise OSError(f"cannot write the page {args.show}: {error}") from error
+    page = make_page(rnn, model, run["history"], ids, text, about)
+    pathlib.Path(args.show).write_text(page, encoding="utf-8")
     print(f"page: {args.show}")
 
 
@@ -312,14 +303,15 @@ const spans = symbols.map((symbol, k) => {
 });
 let view;
 function colour(v) {  // below the middle blue, above it red; the strength is the distance
-  const x = 2 * (v - view.low) / (view.high - view.low || 1) - 1;
-  return `rgba(var(--${x < 0 ? "blue" : "red"}), ${(0.65 * Math.min(1, Math.abs(x))).toFixed(3)})`;
+  const { low, middle, high } = view;
+  const x = (v - middle) / (Math.max(middle - low, high - middle) || 1);
+  return `rgba(var(--${x < 0 ? "blue" : "red"}), ${(0.6 * Math.min(1, Math.abs(x))).toFixed(3)})`;
 }
 function show(chosen) {
   view = chosen;
   spans.forEach((span, k) => { span.style.background = colour(view.values[k]); });
   [...at("buttons").children].forEach((b, k) => b.setAttribute("aria-pressed", views[k] === view));
-  const steps = [0, 1, 2, 3, 4].map(k => view.low + (view.high - view.low) * k / 4);
+  const steps = Array.from({ length: 41 }, (_, k) => view.low + (view.high - view.low) * k / 40);
   at("scale").style.background = `linear-gradient(to right, ${steps.map(colour)})`;
   at("note").textContent = view.note;
   at("low").textContent = view.low.toFixed(2);

@@ -1,5 +1,7 @@
-"""What the studies share: a short training loop, tables, pictures."""
+"""What the studies share: a short training loop, the text, tables, pictures."""
 
+import argparse
+import contextlib
 import pathlib
 import sys
 
@@ -8,18 +10,22 @@ import torch
 HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))  # rnn.py, when a study runs as a script
 
+# The same in every picture; these colours differ for the colour-blind, too (Okabe & Ito 2008).
+NAMES = {"rnn": "RNN", "lstm": "LSTM", "gru": "GRU"}
+COLOURS = {"rnn": "#d55e00", "lstm": "#0072b2", "gru": "#009e73"}
 
-def fit(model, next_loss, steps, lr=3e-3, clip=1.0, weight_decay=0.0):
-    """AdamW on `steps` losses, each made by next_loss(); the rate falls to 0 along a cosine.
-    Returns the losses."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay, fused=True)
+
+def fit(model, next_loss, steps, lr):
+    """Adam on `steps` losses, each made by next_loss(); gradients are clipped to norm 1, the rate
+    falls to 0 along a cosine. Returns the losses."""
+    optimizer = torch.optim.Adam(model.parameters(), lr, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     losses = []
     for _ in range(steps):
         optimizer.zero_grad()
         loss = next_loss()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
@@ -30,6 +36,20 @@ def show_table(head, rows):
     """Print a table in Markdown, as the README has it."""
     lines = [head, ["---"] * len(head), *rows]
     print("\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines), flush=True)
+
+
+def text_and_fused_lstm():
+    """The text that the command line names by --data, or Tiny Shakespeare. The fused LSTM is built
+    if there is a compiler."""
+    import rnn
+    import train_shakespeare
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--data", help="a UTF-8 text; default: Tiny Shakespeare")
+    path = parser.parse_args().data
+    with contextlib.suppress(RuntimeError):  # without a compiler the plain path runs
+        rnn.build()
+    return train_shakespeare.read_text(path) if path else train_shakespeare.shakespeare()[0]
 
 
 def save_figure(name, draw, **subplots):
@@ -43,6 +63,9 @@ def save_figure(name, draw, **subplots):
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(layout="constrained", **subplots)
+    for each in figure.axes:
+        each.grid(alpha=0.3)
+        each.spines[["top", "right"]].set_visible(False)
     draw(axes)
     path = HERE / "figures" / f"{name}.png"
     path.parent.mkdir(exist_ok=True)

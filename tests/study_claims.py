@@ -11,7 +11,7 @@ import weakref
 
 import pytest
 import torch
-from study import save_figure, show_table
+from study import show_table
 from study_memory import gradient_by_distance
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -72,6 +72,14 @@ def held_bytes(detach, batches=8, T=32):
         if detach:
             state = rnn.map_state(torch.Tensor.detach, state)
     return held
+
+
+def state_bytes(symbols, hidden=256):
+    """What an LSTM takes along from so many symbols to the next one."""
+    model = rnn.CharLM(20, embed=4, hidden=hidden)
+    with rnn.evaluating(model):
+        _, state = model(torch.randint(20, (1, symbols)))
+    return sum(s.numel() * s.element_size() for s in state)
 
 
 def cell_with_gates(i, f, g, o):
@@ -212,6 +220,12 @@ def test_without_detach_memory_grows_by_the_same_for_every_batch():
     assert min(growth) > 0.8 * kept[0] and kept[-1] > 6 * max(cut)
 
 
+def test_a_state_is_as_large_after_any_length_but_a_graph_is_not():
+    assert state_bytes(10) == state_bytes(1000) == 2 * 256 * 4
+    short, long = (held_bytes(detach=True, batches=1, T=T)[0] for T in (32, 64))
+    assert 1.7 < long / short < 2.1
+
+
 def test_without_detach_the_second_backward_fails_first():
     model, state = rnn.CharLM(20, embed=4, hidden=4), None
     ids = torch.randint(20, (2, 5))
@@ -295,17 +309,10 @@ def test_gradients_explode_only_from_radii_well_above_1(nonlinearity):
 # In full
 
 
-def main():
-    table, (first, c, h) = counts(), steps_by_hand()
-    kept, cut = held_bytes(detach=False), held_bytes(detach=True)
-    whole, blocks = block_values(True), block_values(False)
-    order, update = gate_order_errors(), update_gate_errors()
+def rows_on_gradients():
     forget_1 = torch.tensor(1.0).sigmoid().item()
-    rows = [
-        ["RNN ~16 K, LSTM ~66 K parameters at width 128",
-         f"recurrent part with one bias: {table['RNN'][1]:,} and {table['LSTM'][1]:,}, GRU "
-         f"{table['GRU'][1]:,}; with 64 inputs and torch's two biases {table['RNN'][2]:,}, "
-         f"{table['LSTM'][2]:,}, {table['GRU'][2]:,}", "right without inputs"],
+    whole, blocks = block_values(True), block_values(False)
+    return [
         ["0.85^100 = 1e-7", f"one-unit RNN: {one_unit_gradient(0.85, cell='rnn'):.2e}", "right"],
         ["0.98^100 = 0.13", f"one-unit LSTM: {one_unit_gradient(0.98):.4f}", "right"],
         ["forget bias 1: f begins close to 1",
@@ -314,42 +321,55 @@ def main():
         ["1 into every bias's forget quarter",
          f"{fill_every_bias(rnn.LSTM(3, 4))[0].item():.0f}, f = "
          f"{torch.tensor(2.0).sigmoid().item():.3f}", "gives 2"],
-        ["worked step: c'", ", ".join(f"{v:.3f}" for v in first.tolist()), "right"],
-        ["worked step: 0.793, 0.412", f"c' {c:.4f}, h' {h:.4f}", "right"],
-        ["without detach memory grows", f"after 1, 2, 4, 8 batches "
-         f"{', '.join(f'{kept[k] / 1024:.0f}' for k in (0, 1, 3, 7))} KiB; with detach "
-         f"always {cut[-1] / 1024:.0f}; without retain_graph the second backward raises",
-         "right with retain_graph"],
         ["W_hh orthogonal as one (4H, H) matrix: eigenvalues near 1",
          f"singular values of a gate's block {whole[0]:.2f} to {whole[2]:.2f}, rms {whole[1]:.2f};"
          f" gate by gate {blocks[0]:.2f} to {blocks[2]:.2f}", "wrong for the gates"],
+        ["large eigenvalues of W_hh make gradients explode", "left after 100 steps at radius 0.85, "
+         "1.2, 2: " + "; ".join(name + " " + ", ".join(f"{growth(radius, name):.0e}"
+                                                       for radius in (0.85, 1.2, 2.0))
+                                for name in ("tanh", "relu")), "only well above 1"],
+        ["three epochs at loss 0.6931 to 0.6933 on IMDB",
+         f"ln 2 = {math.log(2):.4f}: chance. Gradient left at a word, read after 200 steps of "
+         f"padding: {gradient_after_padding():.0e}", "nothing was learnt"],
+    ]
+
+
+def rows_on_cells():
+    table, (first, c, h) = counts(), steps_by_hand()
+    order, update = gate_order_errors(), update_gate_errors()
+    return [
+        ["RNN ~16 K, LSTM ~66 K parameters at width 128",
+         f"recurrent part with one bias: {table['RNN'][1]:,} and {table['LSTM'][1]:,}, GRU "
+         f"{table['GRU'][1]:,}; with 64 inputs and torch's two biases {table['RNN'][2]:,}, "
+         f"{table['LSTM'][2]:,}, {table['GRU'][2]:,}", "right without inputs"],
+        ["worked step: c'", ", ".join(f"{v:.3f}" for v in first.tolist()), "right"],
+        ["worked step: 0.793, 0.412", f"c' {c:.4f}, h' {h:.4f}", "right"],
         ["an LSTM with gates f, i, g, o matches torch's",
          f"differs by {order[0]:.2g}; with blocks exchanged {order[1]:.1g}", "only when exchanged"],
         ["GRU: h' = (1 - z) h + z n",
          f"differs from torch's convention by {update[0]:.2g}; with z's parameters negated "
          f"{update[1]:.1g}", "same family"],
+    ]
+
+
+def rows_on_memory_and_loss():
+    kept, cut = held_bytes(detach=False), held_bytes(detach=True)
+    return [
+        ["without detach memory grows", f"after 1, 2, 4, 8 batches "
+         f"{', '.join(f'{kept[k] / 1024:.0f}' for k in (0, 1, 3, 7))} KiB; with detach "
+         f"always {cut[-1] / 1024:.0f}; without retain_graph the second backward raises",
+         "right with retain_graph"],
+        ["RNNs need little memory for long sequences",
+         f"state of width 256 after 10 symbols {state_bytes(10):,} bytes, after 10,000 "
+         f"{state_bytes(10_000):,}; kept for backward through T = 32, 64, 128: "
+         + ", ".join(f"{held_bytes(True, 1, T)[0] / 1024:.0f}" for T in (32, 64, 128)) + " KiB",
+         "to read; training takes more with every step of BPTT"],
         ["perplexity of a uniform model over V = 28", f"{uniform_perplexity(28):.4f}", "right"],
         ["a dashboard's loss 4.488 is perplexity 89.0, held-out 4.932",
          f"exp: {math.exp(4.488):.1f} and {math.exp(4.932):.1f}", "that of training, not held-out"],
-        ["three epochs at loss 0.6931 to 0.6933 on IMDB",
-         f"ln 2 = {math.log(2):.4f}: chance. Gradient left at a word, read after 200 steps of "
-         f"padding: {gradient_after_padding():.0e}", "nothing was learnt"],
-        ["large eigenvalues of W_hh make gradients explode", "left after 100 steps at radius 0.85, "
-         "1.2, 2: " + "; ".join(name + " " + ", ".join(f"{growth(radius, name):.0e}"
-                                                       for radius in (0.85, 1.2, 2.0))
-                                for name in ("tanh", "relu")), "only well above 1"],
     ]
-    show_table(["claim", "measured", "verdict"], rows)
-
-    def draw(ax):
-        ax.plot(range(1, 9), [v / 1024 for v in kept], "o-", label="without detach")
-        ax.plot(range(1, 9), [v / 1024 for v in cut], "o-", label="with detach")
-        ax.set(xlabel="batches", ylabel="KiB kept for backward", ylim=(0, None),
-               title="What the graph holds")
-        ax.legend()
-
-    save_figure("claims", draw, figsize=(5, 3.2))
 
 
 if __name__ == "__main__":
-    main()
+    show_table(["claim", "measured", "verdict"],
+               rows_on_gradients() + rows_on_cells() + rows_on_memory_and_loss())

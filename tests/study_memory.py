@@ -17,7 +17,7 @@ import statistics
 
 import torch
 import torch.nn.functional as F
-from study import save_figure, show_table
+from study import COLOURS, save_figure, show_table
 from torch import nn
 
 import rnn
@@ -182,14 +182,13 @@ def main(seeds=3, steps=1000):
         for kind in KINDS:
             networks, reached = zip(*(learn(task, kind, seed, steps, DELAYS[-1])
                                       for seed in range(seeds)))
-            runs = [[accuracy(task, net, delay) for delay in DELAYS] for net in networks]
+            runs = [[100 * accuracy(task, net, delay) for delay in DELAYS] for net in networks]
             curves[task, kind] = list(zip(*runs))  # for each delay: one figure a seed
             growth[task, kind] = reached
-            solved = [sum(d < 100 for d in r) if r[-1] >= 100 else "never" for r in reached]
-            rows.append([kind, *(f"{100 * statistics.mean(a):.0f} % ({100 * min(a):.0f} to "
-                                 f"{100 * max(a):.0f})" for a in curves[task, kind]),
+            rows.append([kind, *(f"{statistics.mean(a):.0f} % ({min(a):.0f} to {max(a):.0f})"
+                                 for a in curves[task, kind]),
                          ", ".join(str(r[-1]) for r in reached),
-                         ", ".join(map(str, solved))])
+                         ", ".join(str(steps_until(100, r)) for r in reached)])
             if task is Copy:
                 gradients[kind] = reach(kind, networks[0])
         print(f"\n{task.__name__}: right answers, mean (least to most) of {seeds} seeds, at most "
@@ -202,8 +201,12 @@ def main(seeds=3, steps=1000):
                 "trained to copy"],
                [[kind, *(", ".join(str(memory(n)) for n in norms) for norms in columns)]
                 for kind, columns in gradients.items()])
-    save_figure("memory", lambda axes: draw(axes, curves, growth, gradients), nrows=1, ncols=4,
-                figsize=(16, 4))
+    save_figure("memory", lambda axes: draw(axes.flat, curves, growth, gradients), nrows=2,
+                ncols=2, figsize=(10, 7.5))
+
+
+def steps_until(delay, reached):
+    return sum(d < delay for d in reached) if reached[-1] >= delay else "never"
 
 
 def reach(kind, trained):
@@ -220,24 +223,26 @@ def reach(kind, trained):
 
 
 def draw(axes, curves, growth, gradients):
-    colours = dict(zip(KINDS, ("tab:red", "tab:green", "tab:cyan", "tab:blue")))
-    for ax, task in zip(axes, (Copy, Adding)):
-        for kind, colour in colours.items():
+    styles = {"RNN": COLOURS["rnn"], "GRU": COLOURS["gru"], "LSTM, forget bias 0": "#56b4e9",
+              "LSTM, forget bias 1": COLOURS["lstm"]}
+    for kind, colour in styles.items():
+        for ax, task in zip(axes[:2], (Copy, Adding)):
             runs = curves[task, kind]
-            mean = [100 * statistics.mean(a) for a in runs]
-            ax.plot(DELAYS, mean, "o-", color=colour, label=kind)
-            ax.fill_between(DELAYS, [100 * min(a) for a in runs], [100 * max(a) for a in runs],
-                            color=colour, alpha=0.15)
-        ax.set(title=f"{task.__name__}: right answers, %", xlabel="delay", ylim=(0, 103))
-    axes[0].legend(fontsize=8)
-    for kind, colour in colours.items():
+            ax.plot(DELAYS, [statistics.mean(a) for a in runs], "o-", color=colour, label=kind)
+            ax.fill_between(DELAYS, [min(a) for a in runs], [max(a) for a in runs], color=colour,
+                            alpha=0.15)
         for reached in growth[Copy, kind]:
-            axes[2].plot(reached, color=colour, linewidth=1)
+            axes[2].plot(reached, color=colour, linewidth=1.2)
         _, fresh, trained = gradients[kind]
-        for norms, style in ((fresh[0], ":"), (trained[0], "-")):
-            axes[3].semilogy(norms.clamp_min(1e-12), style, color=colour, linewidth=1.2)
-    axes[2].set(title="Copy: longest delay solved so far", xlabel="training step")
-    axes[3].set(title="Gradient left (dotted: at initialization)", xlabel="distance in steps",
+        axes[3].semilogy(fresh[0].clamp_min(1e-12), ":", color=colour)
+        axes[3].semilogy(trained[0], color=colour)
+    axes[0].set(title="Copy: bits that are right, %; by chance 50", xlabel="delay", ylim=(0, 103),
+                xticks=DELAYS)
+    axes[0].legend(loc="lower right")
+    axes[1].set(title="Adding: sums that are right to 0.04, %", xlabel="delay", ylim=(0, 103),
+                xticks=DELAYS)
+    axes[2].set(title="Copy: longest delay solved so far, each seed", xlabel="training step")
+    axes[3].set(title="Gradient left; dotted: before training", xlabel="distance in steps",
                 ylim=(1e-8, 30))
     axes[3].axhline(0.01, color="gray", linewidth=0.8)
 

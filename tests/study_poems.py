@@ -12,16 +12,16 @@ import io
 import tempfile
 
 import torch
-from study import save_figure, show_table
+from study import COLOURS, NAMES, save_figure, show_table
 
 import rnn
 
-POEMS = ["床前明月光,疑是地上霜。举头望明月,低头思故乡。",  # Li Bai
-         "白日依山尽,黄河入海流。欲穷千里目,更上一层楼。",  # Wang Zhihuan
-         "春眠不觉晓,处处闻啼鸟。夜来风雨声,花落知多少。",  # Meng Haoran
-         "千山鸟飞绝,万径人踪灭。孤舟蓑笠翁,独钓寒江雪。"]  # Liu Zongyuan
+POETS = ["Li Bai", "Wang Zhihuan", "Meng Haoran", "Liu Zongyuan"]
+POEMS = ["床前明月光,疑是地上霜。举头望明月,低头思故乡。",
+         "白日依山尽,黄河入海流。欲穷千里目,更上一层楼。",
+         "春眠不觉晓,处处闻啼鸟。夜来风雨声,花落知多少。",
+         "千山鸟飞绝,万径人踪灭。孤舟蓑笠翁,独钓寒江雪。"]
 TEXT = "".join(POEMS)
-CELLS = ("rnn", "lstm", "gru")
 
 
 def learn(cell="rnn", layers=2, context=10, steps=400, seed=0):
@@ -43,41 +43,62 @@ def remembered(model, vocab, known):
             for poem in POEMS]
 
 
+def foreseen(model, vocab, known):
+    """The probability of every character of TEXT from the known-th on, (N - known,), for a model
+    that has read only so many characters before it."""
+    ids = vocab.encode(TEXT)
+    with rnn.evaluating(model):
+        logits, _ = model(ids.unfold(0, known, 1)[:-1])  # (N - known, known, V)
+    return logits[:, -1].softmax(-1).gather(1, ids[known:, None])[:, 0]
+
+
 def test_the_poems_come_back():
     model, vocab, _ = learn()
     assert remembered(model, vocab, 2) == POEMS
     assert remembered(model, vocab, 1)[:3] == POEMS[:3]
+    unclear, clear = (foreseen(model, vocab, known)[:-10] for known in (1, 3))
+    assert unclear.min() < 0.5 < 0.9 < clear.min()  # but for 10: no window of training begins there
 
 
 def main():
     rows, curves = [], {}
-    for cell in CELLS:
+    for cell in NAMES:
         for layers in (1, 2):
             runs = [learn(cell, layers, seed=seed) for seed in range(5)]
             curves[cell, layers] = [history for _, _, history in runs]
             whole = [sum(sum(map(str.__eq__, remembered(*run[:2], known), POEMS)) for run in runs)
                      for known in (1, 2)]
             loss = [history[-1][2] for _, _, history in runs]
-            rows.append([cell, layers, f"{min(loss):.4f} to {max(loss):.4f}",
+            rows.append([NAMES[cell], layers, f"{min(loss):.4f} to {max(loss):.4f}",
                          *(f"{n} of 20" for n in whole)])
     show_table(["cell", "layers", "loss on the text, nats", "whole poems after one character",
                 "after two"], rows)
     model, vocab, _ = learn()
     for poem in remembered(model, vocab, 2):
         print(f"{poem[:2]} -> {poem}")
+    known = torch.stack([foreseen(model, vocab, k)[4 - k :] for k in (1, 2, 3, 4)])  # (4, N - 4)
+    save_figure("poems", lambda axes: draw(axes, curves, known), ncols=2, figsize=(10, 3.6),
+                width_ratios=(3, 4))
 
-    def draw(axes):
-        for (cell, layers), histories in curves.items():
-            losses = torch.tensor([[value for _, _, value in h] for h in histories])
-            steps = [step for step, _, _ in histories[0]]
-            axes.plot(steps, losses.median(0).values, label=f"{cell}, {layers} layer(s)",
-                      color=f"C{CELLS.index(cell)}", linestyle="-" if layers == 2 else "--")
-        axes.set(title="Four poems: loss on the text, median of 5 seeds", xlabel="step",
-                 ylabel="nats per character", yscale="log")
-        axes.legend()
-        axes.grid(alpha=0.3)
 
-    save_figure("poems", draw, figsize=(7, 4))
+def draw(axes, curves, known):
+    for (cell, layers), histories in curves.items():
+        losses = torch.tensor([[value for _, _, value in h] for h in histories])
+        axes[0].plot([step for step, _, _ in histories[0]], losses.median(0).values,
+                     color=COLOURS[cell], linestyle="-" if layers == 2 else "--",
+                     label=f"{NAMES[cell]}, {layers} layer{'s' * (layers > 1)}")
+    axes[0].set(title="Loss on four poems, median of 5 seeds", xlabel="training step",
+                ylabel="nats per character", yscale="log")
+    axes[0].legend(fontsize=8)
+    image = axes[1].imshow(known, aspect="auto", cmap="Blues", vmin=0, vmax=1)
+    ends = torch.tensor([len(poem) for poem in POEMS]).cumsum(0) - 4
+    for end in ends[:-1].tolist():
+        axes[1].axvline(end - 0.5, color="black", linewidth=1)
+    axes[1].grid(False)
+    axes[1].set(title="Probability of each right character, RNN of 2 layers", yticks=range(4),
+                yticklabels=[1, 2, 3, 4], ylabel="characters read before it",
+                xticks=ends - 12, xticklabels=POETS)
+    axes[1].figure.colorbar(image, ax=axes[1])
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import random
 
 import torch
 import torch.nn.functional as F
-from study import fit, save_figure, show_table
+from study import COLOURS, NAMES, fit, save_figure, show_table
 
 import rnn
 
@@ -23,7 +23,7 @@ SENTENCES = [("电影 好看", 1), ("饭菜 难吃", 0), ("天气 糟糕", 0), (
 HARDER = [("剧情 一般 但 演技 好", 1), ("饭菜 好吃 但 分量 少", 0), ("天气 糟糕 但 心情 好", 1),
           ("电影 好看 但 心情 糟糕", 0), ("饭菜 难吃 但 音乐 好听", 1),
           ("音乐 好听 但 电影 难看", 0)]
-CELLS = ("rnn", "lstm", "gru")
+STACKS = ((1, False), (2, False), (3, False), (1, True))  # layers, bidirectional
 
 
 def six_sentences(cell, seed, steps=60):
@@ -113,7 +113,7 @@ def padding(data, bucketed):
 
 
 def test_six_sentences_are_learnt():
-    for cell in CELLS:
+    for cell in NAMES:
         assert [six_sentences(cell, seed)[0] for seed in range(3)] == [1.0] * 3
 
 
@@ -133,11 +133,11 @@ def test_buckets_hold_little_padding():
 def main():
     print("Six sentences: one-hot, width 4, 60 steps, 20 seeds\n")
     rows = []
-    for cell in CELLS:
+    for cell in NAMES:
         results = [six_sentences(cell, seed) for seed in range(20)]
         learnt = sum(accuracy == 1 for accuracy, _ in results)
         harder = torch.stack([right for _, right in results]).mean(0)  # (6,)
-        rows.append([cell, f"{learnt} of 20 seeds", f"{harder.mean():.0%}",
+        rows.append([NAMES[cell], f"{learnt} of 20 seeds", f"{harder.mean():.0%}",
                      *(f"{part:.0%}" for part in harder)])
     show_table(["cell", "all six right", "harder ones", *(text for text, _ in HARDER)], rows)
 
@@ -146,32 +146,28 @@ def main():
           f"on, 1000 held out; counting words is right in {bag_of_words(train, test):.1%}")
     print(f"Padding in an epoch: {padding(train, False):.1%} in random batches, "
           f"{padding(train, True):.1%} in buckets, none of it read in packed ones\n")
-    rows, curves, found = [], {}, {}
-    for cell in CELLS:
-        for layers, bidirectional in ((1, False), (2, False), (3, False), (1, True)):
-            runs = [long_reviews(train, test, cell, layers, bidirectional, seed)
-                    for seed in range(2)]
-            found[cell, layers, bidirectional] = [accuracy for accuracy, _ in runs]
-            curves[cell, layers, bidirectional] = runs[0][1]
-        rows.append([cell, *("; ".join(f"{a:.1%}" for a in value)
-                             for key, value in found.items() if key[0] == cell)])
-    show_table(["cell", "1 layer", "2 layers", "3 layers", "1, both directions"], rows)
+    runs = {(cell, stack): [long_reviews(train, test, cell, *stack, seed) for seed in range(2)]
+            for cell in NAMES for stack in STACKS}
+    show_table(["cell", "1 layer", "2 layers", "3 layers", "1, both directions"],
+               [[NAMES[cell], *("; ".join(f"{accuracy:.1%}" for accuracy, _ in runs[cell, stack])
+                                for stack in STACKS)] for cell in NAMES])
+    save_figure("sentiment", lambda axes: draw(axes, runs), ncols=2, figsize=(10, 3.6))
 
-    def draw(axes):
-        for cell in CELLS:
-            losses = torch.tensor(curves[cell, 1, False]).unfold(0, 20, 1).mean(1)
-            axes[0].plot(losses, label=cell)
-            values = [sum(found[cell, layers, False]) / 2 for layers in (1, 2, 3)]
-            axes[1].plot([1, 2, 3], values, marker="o", label=cell)
-        axes[0].set(title="1 layer: training loss, mean of 20 steps", xlabel="step",
-                    ylabel="nats per review")
-        axes[1].set(title="held-out accuracy, mean of 2 seeds", xlabel="layers", xticks=[1, 2, 3],
-                    ylim=(0.45, 1.02))
-        for each in axes:
-            each.legend()
-            each.grid(alpha=0.3)
 
-    save_figure("sentiment", draw, ncols=2, figsize=(10, 4))
+def draw(axes, runs):
+    """runs[cell, stack]: (accuracy, training losses) of every seed."""
+    for cell, name in NAMES.items():
+        losses = torch.tensor(runs[cell, STACKS[0]][0][1]).unfold(0, 20, 1).mean(1)
+        axes[0].plot(losses, color=COLOURS[cell], label=name)
+        values = [[100 * accuracy for accuracy, _ in runs[cell, stack]] for stack in STACKS]
+        axes[1].plot(values, "o", color=COLOURS[cell])
+        axes[1].plot([sum(pair) / 2 for pair in values[:3]], color=COLOURS[cell])
+    axes[0].set(title="Training loss of 1 layer, mean of 20 steps", xlabel="training step",
+                ylabel="nats per review", ylim=(0, None))
+    axes[0].legend()
+    axes[1].set(title="Held-out reviews that are right, one dot a seed", ylabel="%",
+                ylim=(45, 102), xticks=range(4),
+                xticklabels=["1 layer", "2 layers", "3 layers", "1, both\ndirections"])
 
 
 if __name__ == "__main__":

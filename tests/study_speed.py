@@ -3,6 +3,7 @@
     python tests/study_speed.py
 
 What is printed are medians of the ratios of neighbouring runs, by turns, since machines are noisy.
+In `..._rivals` each line is (claim, setting, what should be slower, what should be faster).
 """
 
 import argparse
@@ -51,11 +52,6 @@ def training_step(layer, x):
     return run
 
 
-class Plain(rnn.LSTM):
-    def step(self, *args):  # any step but lstm_step itself takes the plain path
-        return rnn.lstm_step(*args)
-
-
 def some_lengths(B, longest):
     """B lengths, evenly from 1 to the longest, in any order."""
     torch.manual_seed(0)
@@ -74,44 +70,45 @@ def symbol_reader(vocab_size, one_hot, B=32, T=64):
     return run
 
 
-def measure(seconds):
-    """Lines of (claim, setting, ratio)."""
-    lines = []
-
-    def compare(claim, setting, slow, fast):
-        lines.append((claim, setting, f"{ratio(*interleaved([slow, fast], seconds)):.2f}"))
-
+def gate_rivals():
     for B, I, H in ((1, 64, 128), (32, 64, 128), (32, 256, 512), (128, 256, 512)):
         for train in (False, True):
-            compare("four gates, four products / one", f"B {B}, I {I}, H {H}, "
-                    + ("with gradients" if train else "forward"),
-                    *(gates(form, B, I, H, train) for form in (four_gates, one_product)))
+            yield ("four gates, four products / one",
+                   f"B {B}, I {I}, H {H}, " + ("with gradients" if train else "forward"),
+                   *(gates(form, B, I, H, train) for form in (four_gates, one_product)))
+
+
+def cell_rivals():
+    class PlainLSTM(rnn.LSTM):
+        def step(self, *args):  # any step but lstm_step itself takes the plain path
+            return rnn.lstm_step(*args)
+
+    fused = "fused" if rnn.fused else "plain"
     for B, T, I, H in ((32, 64, 64, 128), (32, 64, 256, 512)):
         x = torch.randn(T, B, I)
-        for module, library in ((nn, "torch.nn"), (rnn, "this library")):
-            steps = {name: training_step(getattr(module, name)(I, H), x)
-                     for name in ("RNN", "GRU", "LSTM")}
-            fused = ", fused LSTM" if module is rnn and rnn.fused else ""
+        for library, lstm, module in (("torch.nn", nn.LSTM, nn),
+                                      (f"this library, LSTM {fused}", rnn.LSTM, rnn),
+                                      ("this library, LSTM plain", PlainLSTM, rnn)):
+            slow = training_step(lstm(I, H), x)
             for name in ("RNN", "GRU"):
-                compare(f"LSTM / {name}, training", f"{library}{fused}, B {B}, T {T}, H {H}",
-                        steps["LSTM"], steps[name])
-        slow = training_step(Plain(I, H), x)
-        for name in ("RNN", "GRU"):
-            compare(f"LSTM / {name}, training", f"this library, plain path, B {B}, T {T}, H {H}",
-                    slow, training_step(getattr(rnn, name)(I, H), x))
+                yield (f"LSTM / {name}, training", f"{library}, B {B}, T {T}, H {H}", slow,
+                       training_step(getattr(module, name)(I, H), x))
+
+
+def input_rivals():
     lengths, x = some_lengths(32, 100), torch.randn(100, 32, 64)
     packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
     for name, layer in (("nn.LSTM", nn.LSTM(64, 128)), ("nn.GRU", nn.GRU(64, 128)),
                         ("rnn.LSTM", rnn.LSTM(64, 128)), ("rnn.GRU", rnn.GRU(64, 128))):
-        compare("padded / packed, training", f"{name}, lengths 1 to 100, half of it padding",
-                training_step(layer, x), training_step(layer, packed))
+        yield ("padded / packed, training", f"{name}, lengths 1 to 100, half of it padding",
+               training_step(layer, x), training_step(layer, packed))
     for V in (65, 5000):
-        compare("one-hot / embedding of 64", f"V {V}, reading only",
-                symbol_reader(V, True), symbol_reader(V, False))
+        yield ("one-hot / embedding of 64", f"V {V}, reading only", symbol_reader(V, True),
+               symbol_reader(V, False))
     first = nn.LSTM(64, 128, batch_first=True)
-    compare("batch first / time first", "nn.LSTM, B 32, T 64, H 128, training",
-            training_step(first, torch.randn(32, 64, 64)),
-            training_step(nn.LSTM(64, 128), torch.randn(64, 32, 64)))
+    yield ("batch first / time first", "nn.LSTM, B 32, T 64, H 128, training",
+           training_step(first, torch.randn(32, 64, 64)),
+           training_step(nn.LSTM(64, 128), torch.randn(64, 32, 64)))
     batches = rnn.Batches(torch.randint(65, (1_000_000,)), 32, 64)
     model = rnn.CharLM(65, hidden=128)
 
@@ -119,8 +116,19 @@ def measure(seconds):
         x, y = batches.next()
         rnn.cross_entropy(model(x)[0], y).backward()
 
-    compare("training step / its data", "rnn.CharLM, H 128, Batches.next", step, batches.next)
-    return lines
+    yield "training step / its data", "rnn.CharLM, H 128, Batches.next", step, batches.next
+
+
+def time_rivals():
+    """The same rows through W_hh: each after the one before it, as a network must, or at once."""
+    for B, T, H in ((1, 100, 256), (32, 100, 256)):
+        x, w = torch.randn(T, B, H), torch.randn(H, H)
+
+        def one_by_one(x=x, w=w):
+            return [row @ w for row in x]
+
+        yield ("step by step / all steps at once", f"product with W_hh, B {B}, T {T}, H {H}",
+               one_by_one, functools.partial(torch.matmul, x, w))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -160,7 +168,10 @@ def main():
     with contextlib.suppress(RuntimeError):  # without a compiler the plain path runs
         rnn.build()
     print(f"{torch.get_num_threads()} threads, float32, torch {torch.__version__}")
-    show_table(["claim", "setting", "ratio of times"], measure(args.seconds))
+    rivals = [*gate_rivals(), *cell_rivals(), *input_rivals(), *time_rivals()]
+    show_table(["claim", "setting", "ratio of times"],
+               [[claim, setting, f"{ratio(*interleaved([slow, fast], args.seconds)):.2f}"]
+                for claim, setting, slow, fast in rivals])
 
 
 if __name__ == "__main__":

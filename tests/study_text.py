@@ -8,7 +8,6 @@ One layer of 64 units, 250 steps of 2,048 symbols, three seeds. The loss is exac
 name is as in the first line.
 """
 
-import argparse
 import contextlib
 import io
 import math
@@ -17,12 +16,11 @@ import sys
 import tempfile
 
 import torch
-from study import save_figure, show_table
+from study import fit, save_figure, show_table, text_and_fused_lstm
 from study_memory import gradient_by_distance, memory
 from torch import nn
 
 import rnn
-import train_shakespeare
 
 # Lines of the table: group, name, settings of `run`.
 LINES = [
@@ -76,6 +74,21 @@ def run(vocab, train_ids, val_ids, seed, steps, symbols=2048, context=64, order=
     return result["val_loss"], model
 
 
+def last_or_every(vocab, train_ids, val_ids, seed, steps, last, symbols=2048, context=64):
+    """The loss of a model that learns from every symbol of random windows, or only to predict the
+    last symbol of each."""
+    model = make(vocab, seed)
+    batches = rnn.Batches(train_ids, symbols // context, context, "random", seed)
+
+    def next_loss():
+        x, y = batches.next()
+        first = context - 1 if last else 0
+        return rnn.cross_entropy(model(x)[0][:, first:], y[:, first:])
+
+    fit(model, next_loss, steps, lr=0.02)
+    return rnn.evaluate(model, val_ids)
+
+
 def repetition(text, n=20):
     """The part of a text's stretches of n symbols that have occurred in it before."""
     stretches = [text[k : k + n] for k in range(len(text) - n + 1)]
@@ -127,6 +140,14 @@ def test_a_run_that_breaks_off_is_infinitely_bad(text):
     assert run(vocab, ids[:1200], ids[1200:1400], 0, 5, 256, lr=1e30)[0] == math.inf
 
 
+def test_every_prediction_of_a_window_teaches_more_than_the_last(text):
+    vocab = rnn.Vocab.of(text)
+    ids = vocab.encode(text)
+    every, last = (last_or_every(vocab, ids[:1200], ids[1200:], 0, 60, last, 512, 32)
+                   for last in (False, True))
+    assert every < last - 0.1
+
+
 def test_greedy_text_repeats_itself_and_warming_up_helps(text):
     vocab = rnn.Vocab.of(text)
     ids = vocab.encode(text)
@@ -143,13 +164,7 @@ def test_greedy_text_repeats_itself_and_warming_up_helps(text):
 
 
 def main(seeds=3, steps=250):
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--data", help="a UTF-8 text; default: Tiny Shakespeare")
-    args = parser.parse_args()
-    text = (train_shakespeare.read_text(args.data) if args.data
-            else train_shakespeare.shakespeare()[0])
-    with contextlib.suppress(RuntimeError):  # without a compiler the plain path runs
-        rnn.build()
+    text = text_and_fused_lstm()
     vocab = rnn.Vocab.of(text)
     ids = vocab.encode(text)
     split = int(0.9 * len(ids))
@@ -167,7 +182,17 @@ def main(seeds=3, steps=250):
     print(f"\n{steps} steps of 2,048 symbols, {seeds} seeds")
     show_table(["", "", "loss, nats", "least to most", "perplexity", "parameters"], rows)
 
-    base = models[LINES[0][1]]
+    print("\nLearning from every symbol of random windows of 64, or only to predict the last")
+    show_table(["every symbol", "the last one"],
+               [["; ".join(f"{last_or_every(vocab, train_ids, val_ids, seed, steps, last):.3f}"
+                           for seed in range(seeds)) for last in (False, True)]])
+    look_at(LINES[0][1], models, vocab, val_ids)
+    save_figure("text", lambda ax: draw(ax, results), figsize=(9, 6))
+
+
+def look_at(base_name, models, vocab, val_ids):
+    """What the trained models write, what a warm-up gives, and how far their memory reaches."""
+    base = models[base_name]
     print("\nThe first line's model: stretches of 20 that have occurred before, in 2,000 symbols")
     show_table(["temperature 0", "0.5", "1.0", "1.5"],
                [[f"{repetition(rnn.generate(base, vocab, '', 2000, t, seed=0)):.1%}"
@@ -178,7 +203,7 @@ def main(seeds=3, steps=250):
                                for k in (0, 10, 100)]])
     print("\nEffective memory on text: the distance at which less than 1 % of the gradient is left")
     reach = []
-    for name in ("RNN", "GRU", LINES[0][1]):
+    for name in ("RNN", "GRU", base_name):
         cell = models[name].config["cell"]
         x = val_ids[: 200 * 32].view(32, 200).t()  # (T, B)
         norms = [gradient_by_distance(m.rnn, m.embedding(x))
@@ -186,7 +211,6 @@ def main(seeds=3, steps=250):
         reach.append([cell, *map(memory, norms), *(f"{n[100]:.1e}" for n in norms)])
     show_table(["", "at initialization", "trained", "left at 100: at initialization", "trained"],
                reach)
-    save_figure("text", lambda ax: draw(ax, results), figsize=(9, 6))
 
 
 def draw(ax, results):
@@ -200,7 +224,6 @@ def draw(ax, results):
     ax.axvline(statistics.mean(results["as named above"]), color="gray", linewidth=0.8)
     ax.set_yticks(range(len(results)), results)
     ax.invert_yaxis()
-    ax.grid(axis="x", alpha=0.3)
     ax.set_xlabel("held-out loss, nats per character; one dot a seed")
 
 
