@@ -15,7 +15,7 @@ import warnings
 import torch
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
-SOURCES = ["lstm.cpp", "lstm_cpu.cpp", "lstm_bf16.cpp", "mm.cpp"]
+SOURCES = ["lstm.cpp", "lstm_cpu.cpp", "lstm_bf16.cpp", "gradients.cpp"]
 has_cuda = False  # whether the operators that are loaded run on GPUs too
 
 
@@ -81,6 +81,11 @@ def _register_shapes():
     @torch.library.register_fake("rnn::lstm_backward")
     def _(dh, dc, gates, c, c0, w_hh, sizes, reverse):
         return torch.empty_like(gates), torch.empty_like(c0), torch.empty_like(c0)
+
+    @torch.library.register_fake("rnn::lstm_weight_gradients")
+    def _(da, x, h, h0, sizes, reverse):
+        G = da.shape[1]
+        return da.new_empty(G, x.shape[1]), da.new_empty(G, h.shape[1]), da.new_empty(G)
 
     @torch.library.register_fake("rnn::mm")
     def _(a, b):
@@ -149,12 +154,17 @@ class FusedLSTM(torch.autograd.Function):
             return *gradients, None, None, None
         da, dh0, dc0 = torch.ops.rnn.lstm_backward(dh, dc, gates, c, c0, w_hh, ctx.sizes,
                                                    ctx.reverse)  # (N, 4H), (B, H), (B, H)
-        # Products of tall matrices are quickest with the narrow one of the two transposed.
-        mm = torch.ops.rnn.mm if da.device.type == "cpu" else torch.mm
-        dw_ih = mm(x.t(), da).t()  # (4H, I)
-        dw_hh = mm(rows_before(h, h0, ctx.sizes, ctx.reverse).t(), da).t()  # (4H, H)
+        on_cpu = da.device.type == "cpu"
+        find = torch.ops.rnn.lstm_weight_gradients if on_cpu else weight_gradients
+        dw_ih, dw_hh, dbias = find(da, x, h, h0, ctx.sizes, ctx.reverse)
+        mm = torch.ops.rnn.mm if on_cpu else torch.mm
         dx = mm(da, w_ih) if ctx.needs_input_grad[0] else None  # (N, I)
-        return dx, dh0, dc0, dw_ih, da.sum(0), dw_hh, None, None, None
+        return dx, dh0, dc0, dw_ih, dbias, dw_hh, None, None, None
+
+
+def weight_gradients(da, x, h, h0, sizes, reverse):
+    """What the operator lstm_weight_gradients computes: (4H, I), (4H, H) and (4H)."""
+    return da.t() @ x, da.t() @ rows_before(h, h0, sizes, reverse), da.sum(0)
 
 
 def rows_before(h, h0, sizes, reverse):

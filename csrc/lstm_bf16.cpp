@@ -20,8 +20,6 @@ template <int P> inline Bf16* at_row(Bf16* rows, int64_t tile, int64_t r, int64_
   return rows + (tile * (K / 32) + k / 32) * P * kTile + r * 32 + k % 32;
 }
 
-inline __mmask16 is_nan(Floats v) { return _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q); }
-
 // ---- Forward ----
 
 template <typename T> struct Forward {

@@ -49,6 +49,7 @@ inline Floats widen(__m256i v) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
 }
 inline __m256i narrow(Floats v) { return (__m256i)_mm512_cvtneps_pbh(v); }
+inline __mmask16 is_nan(Floats v) { return _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q); }
 inline Floats get(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first(n), p); }
 inline Floats get(const Bf16* p, int64_t n) { return widen(_mm256_maskz_loadu_epi16(first(n), p)); }
 inline void put(float* p, Floats v, int64_t n) { _mm512_mask_storeu_ps(p, first(n), v); }
