@@ -32,7 +32,7 @@ constexpr int64_t kSumBytes = 600 << 10;                    // of a group
 template <typename T> struct Weights {
   const T* da;                         // (N,4H)
   std::vector<const T*> x, h;          // N rows: of x, and of the hidden states h' before them
-  T *dw_ih, *dw_hh, *dbias;            // as in lstm.h
+  float *dw_ih, *dw_hh, *dbias;        // as in lstm.h
   Bf16* features;                      // operand of rows (feature tiles, blocks of a part)
   float* sums;                         // (pairs of columns, feature tiles, 2, 16, 16)
   int64_t N, I, H, tiles;              // feature tiles: first those of x, then of h'
@@ -48,8 +48,8 @@ void put_features(const std::vector<const T*>& rows, int64_t f, int64_t width, i
     for (int64_t j = 0; j < 16; ++j) {
       const int64_t even = n + 2 * j, odd = even + 1;
       __m512i pair[P];
-      pairs<P>(even < n1 ? get(rows[even] + f, width - f) : Floats{},
-               odd < n1 ? get(rows[odd] + f, width - f) : Floats{}, pair);
+      pairs(rows[std::min(even, n1 - 1)] + f, even < n1 ? width - f : 0,
+            rows[std::min(odd, n1 - 1)] + f, odd < n1 ? width - f : 0, pair);
       for (int p = 0; p < P; ++p) put_across(to + p * kTile + 2 * j, pair[p]);
     }
 }
@@ -65,10 +65,12 @@ void put_da(const T* da, int64_t G, int64_t g, int64_t n0, int64_t n1, Bf16* to,
         const int64_t even = n + 2 * j, exist = G - g - v * 16;
         const T* at = da + even * G + g + v * 16;
         __builtin_prefetch(at + 32), __builtin_prefetch(at + G + 32);  // of the next columns
-        const Floats first = get(at, even < n1 ? exist : 0);
-        const Floats second = get(at + G, even + 1 < n1 ? exist : 0);
-        put_columns<P>(to + v * kTile + j * 32, first, second);
-        sum[v] += first + second;
+        __m512i pair[P];
+        pairs(at, even < n1 ? exist : 0, at + G, even + 1 < n1 ? exist : 0, pair);
+        put_columns<P>(to + v * kTile + j * 32, pair);
+        for (int p = 0; p < P; ++p)  // a bfloat16 is the upper half of a float32
+          sum[v] += (Floats)_mm512_slli_epi32(pair[p], 16) +
+                    (Floats)_mm512_and_si512(pair[p], _mm512_set1_epi32(0xffff0000));
       }
   for (int v = 0; v < 2; ++v) put(dbias + v * 16, get(dbias + v * 16, 16) + sum[v], 16);
 }
@@ -202,18 +204,19 @@ Three lstm_weight_gradients(const at::Tensor& da, const at::Tensor& x, const at:
   if (use_amx() && N > 0 && I > 0 &&
       (like.dtype() == at::kBFloat16 ||
        (like.dtype() == at::kFloat && 4.0 * N * H * (H + I) >= 1e8))) {
-    auto dw_ih = fresh({4 * H, I}, like), dw_hh = fresh({4 * H, H}, like);
-    auto dbias = fresh({4 * H}, like);
+    const auto floats = like.dtype(at::kFloat);
+    auto dw_ih = fresh({4 * H, I}, floats), dw_hh = fresh({4 * H, H}, floats);
+    auto dbias = fresh({4 * H}, floats);
     std::atomic<bool> nan = false;
     auto compute = [&](auto type) {
       using T = decltype(type);
       const int64_t tiles = round_up((I + 15) / 16 + (H + 15) / 16, 2), pairs = (H + 7) / 8;
       auto features = fresh({tiles, std::min(kPart, round_up(N, 32)), kParts<T> * 16},
                             like.dtype(at::kBFloat16));
-      auto sums = fresh({pairs, tiles, 2 * kSums}, like.dtype(at::kFloat));
+      auto sums = fresh({pairs, tiles, 2 * kSums}, floats);
       Weights<T> a{data<T>(da_), std::vector<const T*>(N), std::vector<const T*>(N),
-                   data<T>(dw_ih), data<T>(dw_hh), data<T>(dbias), data<Bf16>(features),
-                   data<float>(sums), N, I, H, tiles, &nan};
+                   data<float>(dw_ih), data<float>(dw_hh), data<float>(dbias),
+                   data<Bf16>(features), data<float>(sums), N, I, H, tiles, &nan};
       for (const Step& s : steps)
         for (int64_t b = 0; b < s.rows; ++b) {
           a.x[s.row + b] = data<T>(x_) + (s.row + b) * I;
@@ -237,8 +240,9 @@ Three lstm_weight_gradients(const at::Tensor& da, const at::Tensor& x, const at:
     copy(s.row + s.going, h0_, s.going, s.rows - s.going);
   }
   // Products of tall matrices are quickest with the narrow one of the two transposed.
-  return {at::mm(x_.t(), da_).t().contiguous(), at::mm(before.t(), da_).t().contiguous(),
-          da_.sum(0)};
+  const auto type = like.dtype() == at::kBFloat16 ? at::kFloat : da.scalar_type();
+  return {at::mm(x_.t(), da_).t().to(type).contiguous(),
+          at::mm(before.t(), da_).t().to(type).contiguous(), da_.sum(0, false, type)};
 }
 
 }  // namespace

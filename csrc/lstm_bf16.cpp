@@ -62,8 +62,8 @@ void forward(const Forward<T>& a, const std::vector<Step>& steps, const Share& m
   constexpr int P = kParts<T>;
   const int64_t I = round_up(a.I, 32), H = a.H, K = I + round_up(H, 32), R = a.R;
   const int64_t row_tile = K / 32 * P * kTile, pair = 2 * row_tile;
-  const int64_t next = (H + 15) / 16 * 4 * kSums;  // sums of a row tile
-  for (int64_t u = mine.pack * 16; u < std::min(mine.pack_end * 16, H); u += 16)
+  const int64_t next = (H + 31) / 32 * 8 * kSums;  // sums of a row tile
+  for (int64_t u = mine.pack * 32; u < std::min(mine.pack_end * 32, H); u += 16)
     for (int64_t gate = 0; gate < 4; ++gate) {
       Bf16* to = a.columns + (u / 16 * 2 + gate / 2) * pair + gate % 2 * kTile;
       for (int64_t k = 0; k < K; k += 32, to += P * 2 * kTile)
@@ -86,28 +86,34 @@ void forward(const Forward<T>& a, const std::vector<Step>& steps, const Share& m
     const Step& s = steps[t];
     Bf16 *before = a.rows[t % 2], *after = a.rows[(t + 1) % 2];
     const int64_t row_end = std::min(mine.row_end, s.rows);
-    for (int64_t q = mine.panel * 2; q < mine.panel_end * 2; ++q)  // i and f, g and o of 16 units
-      for (int64_t b = mine.row; b < row_end; b += 2 * R)
+    for (int64_t q = mine.panel * 4; q < std::min(mine.panel_end * 4, (H + 15) / 16 * 2); ++q)
+      for (int64_t b = mine.row; b < row_end; b += 2 * R)  // i and f, g and o of 16 units
         product<P>(a.amx, b + R < row_end, before + b / R * row_tile, row_tile,
                    a.columns + q * pair, K / 32,
                    {a.sums + b / R * next + q * 2 * kSums, 16, kSums, next});
     for (int64_t b = mine.row; b < row_end; ++b)
-      for (int64_t u = mine.panel * 16; u < std::min(H, mine.panel_end * 16); u += 16) {
+      for (int64_t u = mine.panel * 32; u < std::min(H, mine.panel_end * 32); u += 32) {
         const int64_t row = s.row + b, n = H - u;
-        const float* sums = a.sums + b / R * next + u / 16 * 4 * kSums + b % R * 16;
-        Vec<float> sum[4], gate[4];  // i, f, g, o
-        for (int j = 0; j < 4; ++j)
-          sum[j] = (Vec<float>)(_mm512_load_ps(sums + j * kSums) + get(a.bias + j * H + u, n));
-        activate<float>(sum, gate);
-        const Vec<float> c = gate[1] * (Vec<float>)get(a.c_now + b * H + u, n) + gate[0] * gate[2];
-        const Floats h = (Floats)(gate[3] * tanh<float>(c));
-        nan |= is_nan(h);
-        put(a.c_now + b * H + u, (Floats)c, n);
-        put_row<P>(at_row<P>(after, b / R, b % R, I + u, K), h);
-        put(a.h + row * H + u, h, n);
+        Floats h[2] = {}, c[2] = {}, gates[4][2] = {};
+        for (int64_t v = 0; v < 2 && u + v * 16 < H; ++v) {
+          const float* sums = a.sums + b / R * next + (u / 16 + v) * 4 * kSums + b % R * 16;
+          const float* bias = a.bias + u + v * 16;
+          Vec<float> sum[4], gate[4];  // i, f, g, o
+          for (int j = 0; j < 4; ++j)
+            sum[j] = (Vec<float>)(_mm512_load_ps(sums + j * kSums) + get(bias + j * H, n - v * 16));
+          activate<float>(sum, gate);
+          c[v] = (Floats)gate[1] * get(a.c_now + b * H + u + v * 16, n - v * 16) +
+                 (Floats)(gate[0] * gate[2]);
+          h[v] = (Floats)(gate[3] * tanh<float>((Vec<float>)c[v]));
+          nan |= is_nan(h[v]);
+          put(a.c_now + b * H + u + v * 16, c[v], n - v * 16);
+          put_row<P>(at_row<P>(after, b / R, b % R, I + u + v * 16, K), h[v]);
+          for (int j = 0; j < 4; ++j) gates[j][v] = (Floats)gate[j];
+        }
+        put_two(a.h + row * H + u, h, n);
         if (!a.gates) continue;
-        put(a.c + row * H + u, (Floats)c, n);
-        for (int j = 0; j < 4; ++j) put(a.gates + (row * 4 + j) * H + u, (Floats)gate[j], n);
+        put_two(a.c + row * H + u, c, n);
+        for (int j = 0; j < 4; ++j) put_two(a.gates + (row * 4 + j) * H + u, gates[j], n);
       }
     if (t + 1 < steps.size()) put_x(a, steps[t + 1], x0, x1, after, K);
     if (!mine.alone) barrier();
@@ -137,14 +143,15 @@ void backward(const Backward<T>& a, const std::vector<Step>& steps, const Share&
   const int64_t H = a.H, K = round_up(H, 16) * 4, R = a.R;
   const int64_t row_tile = K / 32 * P * kTile, pair = 2 * row_tile;
   const int64_t next = (H + 31) / 32 * 2 * kSums;  // sums of a row tile
-  const int64_t u0 = mine.panel * 32, u1 = std::min(H, mine.panel_end * 32);
+  const int64_t begin = mine.panel * 32, end = std::min(H, mine.panel_end * 32);
   for (int64_t q = mine.pack; q < mine.pack_end; ++q)
     for (int64_t k = 0; k < K / 2; ++k)  // pairs of rows of W_hh: of units u and u + 1
       for (int64_t v = 0; v < 2; ++v) {
         const int64_t gate = k % 32 / 8, u = k / 32 * 16 + k % 8 * 2, column = q * 32 + v * 16;
         const T* w = a.w_hh + (gate * H + u) * H + column;
-        put_columns<P>(a.columns + q * pair + (k / 16 * P * 2 + v) * kTile + k % 16 * 32,
-                       get(w, u < H ? H - column : 0), get(w + H, u + 1 < H ? H - column : 0));
+        __m512i numbers[P];
+        pairs(w, u < H ? H - column : 0, w + H, u + 1 < H ? H - column : 0, numbers);
+        put_columns<P>(a.columns + q * pair + (k / 16 * P * 2 + v) * kTile + k % 16 * 32, numbers);
       }
   barrier();
 
@@ -165,27 +172,32 @@ void backward(const Backward<T>& a, const std::vector<Step>& steps, const Share&
     const int64_t later = t + 1 < steps.size() ? steps[t + 1].going : 0;  // rows that have a da'
     products(a.rows[t % 2], std::min(row_end, later));
     for (int64_t b = mine.row; b < row_end; ++b)
-      for (int64_t u = u0; u < u1; u += 16) {
-        const int64_t row = s.row + b, n = H - u;
+      for (int64_t u0 = begin; u0 < end; u0 += 32) {
+        const int64_t row = s.row + b;
         const T* c_before = b < s.going ? a.c + (s.prev + b) * H : a.c0 + b * H;
-        const T* gates = a.gates + row * 4 * H + u;
-        for (int64_t gate = 4; gate < 8; ++gate) __builtin_prefetch(gates + gate * H);  // next row
-        for (const T* p : {a.c + row * H, c_before, a.dh + row * H}) __builtin_prefetch(p + H + u);
-        const Floats i = get(gates, n), f = get(gates + H, n);
-        const Floats g = get(gates + 2 * H, n), o = get(gates + 3 * H, n);
-        const Floats tanh_c = (Floats)tanh<float>((Vec<float>)get(a.c + row * H + u, n));
-        const Floats c = get(c_before + u, n);
-        const Floats dh = get(a.dh + row * H + u, n) + (b < later ? sum(b, u) : Floats{});
-        Floats dc = get(a.dc_now + b * H + u, n) + dh * o * (1 - tanh_c * tanh_c);
-        if (a.dc) dc += get(a.dc + row * H + u, n);
-        put(a.dc_now + b * H + u, dc * f, n);
-        const Floats da[4] = {dc * g * i * (1 - i), dc * c * f * (1 - f), dc * i * (1 - g * g),
-                              dh * tanh_c * o * (1 - o)};
-        nan |= is_nan(da[0] + da[1] + da[2] + da[3]);
-        for (int64_t gate = 0; gate < 4; ++gate) {
-          put_row<P>(at_row<P>(a.rows[(t + 1) % 2], b / R, b % R, place(u, gate), K), da[gate]);
-          put(a.da + (row * 4 + gate) * H + u, da[gate], n);
+        const T* gates = a.gates + row * 4 * H;
+        for (int64_t gate = 4; gate < 8; ++gate) __builtin_prefetch(gates + gate * H + u0);
+        for (const T* p : {a.c + row * H, c_before, a.dh + row * H})  // of the next row
+          __builtin_prefetch(p + H + u0);
+        Floats da[4][2] = {};
+        for (int64_t v = 0, u = u0; v < 2 && u < H; ++v, u += 16) {
+          const int64_t n = H - u;
+          const Floats i = get(gates + u, n), f = get(gates + H + u, n);
+          const Floats g = get(gates + 2 * H + u, n), o = get(gates + 3 * H + u, n);
+          const Floats tanh_c = (Floats)tanh<float>((Vec<float>)get(a.c + row * H + u, n));
+          const Floats c = get(c_before + u, n);
+          const Floats dh = get(a.dh + row * H + u, n) + (b < later ? sum(b, u) : Floats{});
+          Floats dc = get(a.dc_now + b * H + u, n) + dh * o * (1 - tanh_c * tanh_c);
+          if (a.dc) dc += get(a.dc + row * H + u, n);
+          put(a.dc_now + b * H + u, dc * f, n);
+          da[0][v] = dc * g * i * (1 - i), da[1][v] = dc * c * f * (1 - f);
+          da[2][v] = dc * i * (1 - g * g), da[3][v] = dh * tanh_c * o * (1 - o);
+          nan |= is_nan(da[0][v] + da[1][v] + da[2][v] + da[3][v]);
+          for (int64_t gate = 0; gate < 4; ++gate)
+            put_row<P>(at_row<P>(a.rows[(t + 1) % 2], b / R, b % R, place(u, gate), K), da[gate][v]);
         }
+        for (int64_t gate = 0; gate < 4; ++gate)
+          put_two(a.da + (row * 4 + gate) * H + u0, da[gate], H - u0);
       }
     if (!mine.alone) barrier();
   }
@@ -202,7 +214,7 @@ void backward(const Backward<T>& a, const std::vector<Step>& steps, const Share&
   barrier();
   products(a.rows[0], mine.row_end);
   for (int64_t b = mine.row; b < mine.row_end; ++b)
-    for (int64_t u = u0; u < u1; u += 16) put(a.dh0 + b * H + u, sum(b, u), H - u);
+    for (int64_t u = begin; u < end; u += 16) put(a.dh0 + b * H + u, sum(b, u), H - u);
 }
 
 int64_t tile_rows(int64_t B) {  // equal row tiles of at most 16: 50 = 13 + 13 + 13 + 11
@@ -229,17 +241,17 @@ at::Tensor forward_bf16(const at::Tensor& x, const at::Tensor& w_ih, const at::T
                         at::Tensor& gates) {
   const int64_t B = h0.size(0), H = h0.size(1), I = x.size(1), R = tile_rows(B);
   const int64_t blocks = (I + 31) / 32 + (H + 31) / 32, tiles = (B + R - 1) / R;
-  const int64_t panels = (H + 15) / 16;
+  const int64_t panels = (H + 31) / 32;
   const auto like = x.options();
   auto c_now = c0.to(at::kFloat, /*non_blocking=*/false, /*copy=*/true);
   const auto bias_ = bias.to(at::kFloat);
-  auto sums = fresh({tiles, panels, 4, kSums}, like.dtype(at::kFloat));
+  auto sums = fresh({tiles, panels, 2, 4, kSums}, like.dtype(at::kFloat));
   std::atomic<bool> nan = false;
   const auto steps = walk(sizes, reverse);
   with_type(like, [&](auto type) {
     using T = decltype(type);
     constexpr int P = kParts<T>;
-    auto columns = fresh({panels * 2, blocks, P, 2, kTile}, like.dtype(at::kBFloat16));
+    auto columns = fresh({panels * 4, blocks, P, 2, kTile}, like.dtype(at::kBFloat16));
     auto rows = at::zeros({2, tiles, blocks, P, kTile}, like.dtype(at::kBFloat16));
     Forward<T> a{data<T>(x), data<T>(w_ih), data<T>(h0), data<T>(w_hh), data<float>(bias_),
                  data<T>(h), data<T>(c), gates.size(0) ? data<T>(gates) : nullptr,

@@ -55,6 +55,15 @@ inline Floats get(const Bf16* p, int64_t n) { return widen(_mm256_maskz_loadu_ep
 inline void put(float* p, Floats v, int64_t n) { _mm512_mask_storeu_ps(p, first(n), v); }
 inline void put(Bf16* p, Floats v, int64_t n) { _mm256_mask_storeu_epi16(p, first(n), narrow(v)); }
 
+// Thirty-two numbers: of bfloat16 a whole cache line
+inline void put_two(float* p, const Floats* v, int64_t n) {
+  put(p, v[0], n), put(p + 16, v[1], n - 16);
+}
+inline void put_two(Bf16* p, const Floats* v, int64_t n) {
+  if (n < 32) return put(p, v[0], n), put(p + 16, v[1], n - 16);
+  _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(v[1], v[0]));
+}
+
 // ---- Copying into operands ----
 
 template <int P> inline void split(Floats v, __m256i* part) {
@@ -71,19 +80,25 @@ template <int P> inline void put_row(Bf16* to, Floats v) {
   for (int p = 0; p < P; ++p) _mm256_store_si256((__m256i*)(to + p * kTile), part[p]);
 }
 
-// Two numbers, k and k + 1, of sixteen lanes, as pairs side by side
-template <int P> inline void pairs(Floats even, Floats odd, __m512i* pair) {
-  __m256i low[P], high[P];
-  split<P>(even, low), split<P>(odd, high);
-  for (int p = 0; p < P; ++p)
+// Two rows' numbers side by side, as pairs; of each row the first min(n, 16) are in memory.
+inline void pairs(const float* even, int64_t n_even, const float* odd, int64_t n_odd,
+                  __m512i* pair) {
+  __m256i low[3], high[3];
+  split<3>(get(even, n_even), low), split<3>(get(odd, n_odd), high);
+  for (int p = 0; p < 3; ++p)
     pair[p] = _mm512_or_si512(_mm512_cvtepu16_epi32(low[p]),
                               _mm512_slli_epi32(_mm512_cvtepu16_epi32(high[p]), 16));
 }
+inline void pairs(const Bf16* even, int64_t n_even, const Bf16* odd, int64_t n_odd,
+                  __m512i* pair) {
+  const __m256i low = _mm256_maskz_loadu_epi16(first(n_even), even);
+  const __m256i high = _mm256_maskz_loadu_epi16(first(n_odd), odd);
+  *pair = _mm512_or_si512(_mm512_cvtepu16_epi32(low),
+                          _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+}
 
-// Two numbers of sixteen columns; `to` is their place in the column tile of the first part.
-template <int P> inline void put_columns(Bf16* to, Floats even, Floats odd) {
-  __m512i pair[P];
-  pairs<P>(even, odd, pair);
+// Pairs of sixteen columns; `to` is their place in the column tile of the first part.
+template <int P> inline void put_columns(Bf16* to, const __m512i* pair) {
   for (int p = 0; p < P; ++p) _mm512_store_si512(to + p * 2 * kTile, pair[p]);
 }
 
