@@ -98,8 +98,8 @@ template <typename T> void weight_gradients(const Weights<T>& a, int64_t id, int
           for (int64_t m = 0; m < a.tiles; m += 2) {
             const Bf16* features = a.features + m * next + (n - n0) / 32 * P * kTile;
             const Sums sums{a.sums + (p * a.tiles + m) * tile_sums, 16, kSums, tile_sums};
-            if (n == 0) product<P>(true, true, features, next, data<Bf16>(own), blocks, sums);
-            else product<P, true>(true, true, features, next, data<Bf16>(own), blocks, sums);
+            if (n == 0) product<P>(true, true, features, next, data<Bf16>(own), blocks, sums, [] {});
+            else product<P, true>(true, true, features, next, data<Bf16>(own), blocks, sums, [] {});
           }
         }
       }
@@ -161,7 +161,7 @@ void multiply(const float* a, const float* b, int64_t M, int64_t K, int64_t C, f
           const int64_t m = narrow_a ? i : j, c = narrow_a ? j : i;
           product<P, true>(true, true, narrow_a ? ours : mine, kChunkMm * P * kTile,
                            narrow_a ? mine : ours, blocks,
-                           {out + m * 32 * stride + c * 32, stride, 16, 16 * stride});
+                           {out + m * 32 * stride + c * 32, stride, 16, 16 * stride}, [] {});
         }
       }
       barrier();

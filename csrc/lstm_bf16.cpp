@@ -1,7 +1,7 @@
 // The operators of lstm.h through products of bfloat16 tiles: see tiles.h.
 //
-// In each step, first all products of this thread's share, then the nonlinearities, row by row, so
-// that memory is read and written as streams. Operands: the rows are what varies with time,
+// Tiles are multiplied by a unit of their own, so the nonlinearities of one panel of 32 units are
+// computed between the products of the next panel: one row of 16 units at a time. Operands: the rows are what varies with time,
 // [x[t] h'] forward and da' backward, in two buffers by turns: one is read, one written for the
 // next step. The columns are [W_ih W_hh]^T and W_hh. From step to step the cell state and its
 // gradient are float32, for both types of tensors.
@@ -19,6 +19,32 @@ namespace {
 template <int P> inline Bf16* at_row(Bf16* rows, int64_t tile, int64_t r, int64_t k, int64_t K) {
   return rows + (tile * (K / 32) + k / 32) * P * kTile + r * 32 + k % 32;
 }
+
+// The nonlinearities of a panel of 32 units in pieces, finish(row, unit) for 16 units of a row: one
+// at a time between the products of the next panel.
+template <typename Finish> class Pieces {
+ public:
+  Pieces(const Finish& finish, int64_t row, int64_t row_end, int64_t H)
+      : finish(finish), row(row), all(std::max<int64_t>(0, row_end - row) * 2), H(H) {}
+  void operator()() {
+    if (j == all) return;
+    const int64_t u = panel * 32 + j % 2 * 16;
+    if (u < H) finish(row + j / 2, u);
+    ++j;
+  }
+  void finish_all() {
+    while (j < all) (*this)();
+  }
+  void follow(int64_t p) {  // panel p, whose products are now done
+    finish_all();
+    panel = p, j = 0;
+  }
+
+ private:
+  const Finish& finish;
+  const int64_t row, all, H;  // all pieces of a panel
+  int64_t panel = 0, j = all;  // the next one
+};
 
 // ---- Forward ----
 
@@ -86,35 +112,33 @@ void forward(const Forward<T>& a, const std::vector<Step>& steps, const Share& m
     const Step& s = steps[t];
     Bf16 *before = a.rows[t % 2], *after = a.rows[(t + 1) % 2];
     const int64_t row_end = std::min(mine.row_end, s.rows);
-    for (int64_t q = mine.panel * 4; q < std::min(mine.panel_end * 4, (H + 15) / 16 * 2); ++q)
-      for (int64_t b = mine.row; b < row_end; b += 2 * R)  // i and f, g and o of 16 units
-        product<P>(a.amx, b + R < row_end, before + b / R * row_tile, row_tile,
-                   a.columns + q * pair, K / 32,
-                   {a.sums + b / R * next + q * 2 * kSums, 16, kSums, next});
-    for (int64_t b = mine.row; b < row_end; ++b)
-      for (int64_t u = mine.panel * 32; u < std::min(H, mine.panel_end * 32); u += 32) {
-        const int64_t row = s.row + b, n = H - u;
-        Floats h[2] = {}, c[2] = {}, gates[4][2] = {};
-        for (int64_t v = 0; v < 2 && u + v * 16 < H; ++v) {
-          const float* sums = a.sums + b / R * next + (u / 16 + v) * 4 * kSums + b % R * 16;
-          const float* bias = a.bias + u + v * 16;
-          Vec<float> sum[4], gate[4];  // i, f, g, o
-          for (int j = 0; j < 4; ++j)
-            sum[j] = (Vec<float>)(_mm512_load_ps(sums + j * kSums) + get(bias + j * H, n - v * 16));
-          activate<float>(sum, gate);
-          c[v] = (Floats)gate[1] * get(a.c_now + b * H + u + v * 16, n - v * 16) +
-                 (Floats)(gate[0] * gate[2]);
-          h[v] = (Floats)(gate[3] * tanh<float>((Vec<float>)c[v]));
-          nan |= is_nan(h[v]);
-          put(a.c_now + b * H + u + v * 16, c[v], n - v * 16);
-          put_row<P>(at_row<P>(after, b / R, b % R, I + u + v * 16, K), h[v]);
-          for (int j = 0; j < 4; ++j) gates[j][v] = (Floats)gate[j];
-        }
-        put_two(a.h + row * H + u, h, n);
-        if (!a.gates) continue;
-        put_two(a.c + row * H + u, c, n);
-        for (int j = 0; j < 4; ++j) put_two(a.gates + (row * 4 + j) * H + u, gates[j], n);
-      }
+    auto finish = [&](int64_t b, int64_t u) {
+      const int64_t row = s.row + b, n = H - u;
+      const float* sums = a.sums + b / R * next + u / 16 * 4 * kSums + b % R * 16;
+      Vec<float> sum[4], gate[4];  // i, f, g, o
+      for (int j = 0; j < 4; ++j)
+        sum[j] = (Vec<float>)(_mm512_load_ps(sums + j * kSums) + get(a.bias + j * H + u, n));
+      activate<float>(sum, gate);
+      const Vec<float> c = gate[1] * (Vec<float>)get(a.c_now + b * H + u, n) + gate[0] * gate[2];
+      const Floats h = (Floats)(gate[3] * tanh<float>(c));
+      nan |= is_nan(h);
+      put(a.c_now + b * H + u, (Floats)c, n);
+      put_row<P>(at_row<P>(after, b / R, b % R, I + u, K), h);
+      put(a.h + row * H + u, h, n);
+      if (!a.gates) return;
+      put(a.c + row * H + u, (Floats)c, n);
+      for (int j = 0; j < 4; ++j) put(a.gates + (row * 4 + j) * H + u, (Floats)gate[j], n);
+    };
+    Pieces pieces(finish, mine.row, row_end, H);
+    for (int64_t p = mine.panel; p < mine.panel_end; ++p) {
+      for (int64_t q = p * 4; q < std::min(p * 4 + 4, (H + 15) / 16 * 2); ++q)
+        for (int64_t b = mine.row; b < row_end; b += 2 * R)  // i and f, g and o of 16 units
+          product<P>(a.amx, b + R < row_end, before + b / R * row_tile, row_tile,
+                     a.columns + q * pair, K / 32,
+                     {a.sums + b / R * next + q * 2 * kSums, 16, kSums, next}, pieces);
+      pieces.follow(p);
+    }
+    pieces.finish_all();
     if (t + 1 < steps.size()) put_x(a, steps[t + 1], x0, x1, after, K);
     if (!mine.alone) barrier();
   }
@@ -137,6 +161,8 @@ template <typename T> struct Backward {
 // In an operand gate gradients stand in the order [unit / 16][gate][16]: all of 16 units together.
 inline int64_t place(int64_t u, int64_t gate) { return u / 16 * 64 + gate * 16; }
 
+constexpr int64_t kAhead = 4;  // so many rows ahead, what backward reads is fetched
+
 template <typename T>
 void backward(const Backward<T>& a, const std::vector<Step>& steps, const Share& mine) {
   constexpr int P = kParts<T>;
@@ -156,11 +182,12 @@ void backward(const Backward<T>& a, const std::vector<Step>& steps, const Share&
   barrier();
 
   TileRegisters registers(a.amx, R);
-  auto products = [&](const Bf16* rows, int64_t row_end) {
-    for (int64_t q = mine.panel; q < mine.panel_end; ++q)
+  // All products of this thread with `rows`; `pieces` follow, a panel behind.
+  auto products = [&](const Bf16* rows, int64_t row_end, auto&& pieces, auto&& done) {
+    for (int64_t p = mine.panel; p < mine.panel_end; ++p, done(p - 1))
       for (int64_t b = mine.row; b < row_end; b += 2 * R)
-        product<P>(a.amx, b + R < row_end, rows + b / R * row_tile, row_tile, a.columns + q * pair,
-                   K / 32, {a.sums + b / R * next + q * 2 * kSums, 16, kSums, next});
+        product<P>(a.amx, b + R < row_end, rows + b / R * row_tile, row_tile, a.columns + p * pair,
+                   K / 32, {a.sums + b / R * next + p * 2 * kSums, 16, kSums, next}, pieces);
   };
   auto sum = [&](int64_t b, int64_t u) {
     return _mm512_load_ps(a.sums + b / R * next + u / 16 * kSums + b % R * 16);
@@ -170,35 +197,32 @@ void backward(const Backward<T>& a, const std::vector<Step>& steps, const Share&
     const Step& s = steps[t];
     const int64_t row_end = std::min(mine.row_end, s.rows);
     const int64_t later = t + 1 < steps.size() ? steps[t + 1].going : 0;  // rows that have a da'
-    products(a.rows[t % 2], std::min(row_end, later));
-    for (int64_t b = mine.row; b < row_end; ++b)
-      for (int64_t u0 = begin; u0 < end; u0 += 32) {
-        const int64_t row = s.row + b;
-        const T* c_before = b < s.going ? a.c + (s.prev + b) * H : a.c0 + b * H;
-        const T* gates = a.gates + row * 4 * H;
-        for (int64_t gate = 4; gate < 8; ++gate) __builtin_prefetch(gates + gate * H + u0);
-        for (const T* p : {a.c + row * H, c_before, a.dh + row * H})  // of the next row
-          __builtin_prefetch(p + H + u0);
-        Floats da[4][2] = {};
-        for (int64_t v = 0, u = u0; v < 2 && u < H; ++v, u += 16) {
-          const int64_t n = H - u;
-          const Floats i = get(gates + u, n), f = get(gates + H + u, n);
-          const Floats g = get(gates + 2 * H + u, n), o = get(gates + 3 * H + u, n);
-          const Floats tanh_c = (Floats)tanh<float>((Vec<float>)get(a.c + row * H + u, n));
-          const Floats c = get(c_before + u, n);
-          const Floats dh = get(a.dh + row * H + u, n) + (b < later ? sum(b, u) : Floats{});
-          Floats dc = get(a.dc_now + b * H + u, n) + dh * o * (1 - tanh_c * tanh_c);
-          if (a.dc) dc += get(a.dc + row * H + u, n);
-          put(a.dc_now + b * H + u, dc * f, n);
-          da[0][v] = dc * g * i * (1 - i), da[1][v] = dc * c * f * (1 - f);
-          da[2][v] = dc * i * (1 - g * g), da[3][v] = dh * tanh_c * o * (1 - o);
-          nan |= is_nan(da[0][v] + da[1][v] + da[2][v] + da[3][v]);
-          for (int64_t gate = 0; gate < 4; ++gate)
-            put_row<P>(at_row<P>(a.rows[(t + 1) % 2], b / R, b % R, place(u, gate), K), da[gate][v]);
-        }
-        for (int64_t gate = 0; gate < 4; ++gate)
-          put_two(a.da + (row * 4 + gate) * H + u0, da[gate], H - u0);
+    auto finish = [&](int64_t b, int64_t u) {
+      const int64_t row = s.row + b, n = H - u;
+      const T* c_before = b < s.going ? a.c + (s.prev + b) * H : a.c0 + b * H;
+      const T* gates = a.gates + row * 4 * H + u;
+      for (int64_t gate = 0; gate < 4; ++gate) __builtin_prefetch(gates + (kAhead * 4 + gate) * H);
+      for (const T* p : {a.c + row * H, c_before, a.dh + row * H})
+        __builtin_prefetch(p + kAhead * H + u);
+      const Floats i = get(gates, n), f = get(gates + H, n);
+      const Floats g = get(gates + 2 * H, n), o = get(gates + 3 * H, n);
+      const Floats tanh_c = (Floats)tanh<float>((Vec<float>)get(a.c + row * H + u, n));
+      const Floats c = get(c_before + u, n);
+      const Floats dh = get(a.dh + row * H + u, n) + (b < later ? sum(b, u) : Floats{});
+      Floats dc = get(a.dc_now + b * H + u, n) + dh * o * (1 - tanh_c * tanh_c);
+      if (a.dc) dc += get(a.dc + row * H + u, n);
+      put(a.dc_now + b * H + u, dc * f, n);
+      const Floats da[4] = {dc * g * i * (1 - i), dc * c * f * (1 - f), dc * i * (1 - g * g),
+                            dh * tanh_c * o * (1 - o)};
+      nan |= is_nan(da[0] + da[1] + da[2] + da[3]);
+      for (int64_t gate = 0; gate < 4; ++gate) {
+        put_row<P>(at_row<P>(a.rows[(t + 1) % 2], b / R, b % R, place(u, gate), K), da[gate]);
+        put(a.da + (row * 4 + gate) * H + u, da[gate], n);
       }
+    };
+    Pieces pieces(finish, mine.row, row_end, H);
+    products(a.rows[t % 2], std::min(row_end, later), pieces, [&](int64_t p) { pieces.follow(p); });
+    pieces.finish_all();
     if (!mine.alone) barrier();
   }
   if (nan) *a.nan = true;
@@ -212,7 +236,7 @@ void backward(const Backward<T>& a, const std::vector<Step>& steps, const Share&
         put_row<P>(at_row<P>(a.rows[0], b / R, b % R, place(u, gate), K),
                    get(a.da + (a.first[b] * 4 + gate) * H + u, H - u));
   barrier();
-  products(a.rows[0], mine.row_end);
+  products(a.rows[0], mine.row_end, [] {}, [](int64_t) {});
   for (int64_t b = mine.row; b < mine.row_end; ++b)
     for (int64_t u = begin; u < end; u += 16) put(a.dh0 + b * H + u, sum(b, u), H - u);
 }

@@ -55,15 +55,6 @@ inline Floats get(const Bf16* p, int64_t n) { return widen(_mm256_maskz_loadu_ep
 inline void put(float* p, Floats v, int64_t n) { _mm512_mask_storeu_ps(p, first(n), v); }
 inline void put(Bf16* p, Floats v, int64_t n) { _mm256_mask_storeu_epi16(p, first(n), narrow(v)); }
 
-// Thirty-two numbers: of bfloat16 a whole cache line
-inline void put_two(float* p, const Floats* v, int64_t n) {
-  put(p, v[0], n), put(p + 16, v[1], n - 16);
-}
-inline void put_two(Bf16* p, const Floats* v, int64_t n) {
-  if (n < 32) return put(p, v[0], n), put(p + 16, v[1], n - 16);
-  _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(v[1], v[0]));
-}
-
 // ---- Copying into operands ----
 
 template <int P> inline void split(Floats v, __m256i* part) {
@@ -146,8 +137,9 @@ class TileRegisters {
   bool use;
 };
 
-template <int P, int R, bool add>
-void product_amx(const Bf16* rows, int64_t next, const Bf16* columns, int64_t blocks, Sums sums) {
+template <int P, int R, bool add, typename Between>
+void product_amx(const Bf16* rows, int64_t next, const Bf16* columns, int64_t blocks, Sums sums,
+                 Between& between) {
   const int64_t bytes = sums.stride * 4;
   float *const below = sums.at + (R - 1) * sums.down;
   asm volatile("" ::: "memory");  // GCC does not know that _tile_loadd reads memory
@@ -186,6 +178,7 @@ void product_amx(const Bf16* rows, int64_t next, const Bf16* columns, int64_t bl
       then_columns(1), then_rows(1), then_columns(0), then_rows(2), then_rows(0);
     }
     m00(), m01(), m10(), m11();
+    between();
   }
   _tile_stored(0, sums.at, bytes);
   _tile_stored(1, sums.at + sums.right, bytes);
@@ -198,8 +191,8 @@ inline bool has_amx() { return false; }
 struct TileRegisters {
   TileRegisters(bool, int64_t) {}
 };
-template <int P, int R, bool add>
-void product_amx(const Bf16*, int64_t, const Bf16*, int64_t, Sums) {}
+template <int P, int R, bool add, typename Between>
+void product_amx(const Bf16*, int64_t, const Bf16*, int64_t, Sums, Between&) {}
 #endif
 
 // The same with AVX-512 BF16, which multiplies 16 pairs at a time: twice as fast as float32, so not
@@ -241,12 +234,13 @@ inline bool allowed(const char* what) {
 inline bool use_amx() { return has_amx() && allowed("amx"); }
 
 // sums = (or, with add, +=) up to two row tiles x one pair of column tiles, over so many blocks of
-// 32 numbers. `next`: from a row tile to the next one.
-template <int P, bool add = false>
+// 32 numbers. `next`: from a row tile to the next one. `between` is called after each block, or not
+// at all: tiles are multiplied by a unit of their own, so other work can be done meanwhile.
+template <int P, bool add = false, typename Between>
 inline void product(bool amx, bool two, const Bf16* rows, int64_t next, const Bf16* columns,
-                    int64_t blocks, Sums sums) {
-  if (amx && two) product_amx<P, 2, add>(rows, next, columns, blocks, sums);
-  else if (amx) product_amx<P, 1, add>(rows, next, columns, blocks, sums);
+                    int64_t blocks, Sums sums, Between&& between) {
+  if (amx && two) product_amx<P, 2, add>(rows, next, columns, blocks, sums, between);
+  else if (amx) product_amx<P, 1, add>(rows, next, columns, blocks, sums, between);
   else if constexpr (P == 1) {
     if (two) product_avx512<2, add>(rows, next, columns, blocks, sums);
     else product_avx512<1, add>(rows, next, columns, blocks, sums);
