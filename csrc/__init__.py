@@ -112,6 +112,13 @@ def can_run(x):
             and torch.autograd.forward_ad._current_level < 0)
 
 
+def pays_off(x, sizes):
+    """Not for a single step, as in sampling: the kernel first copies the weights into an order of
+    its own, which takes longer than such a step. Many rows of bfloat16 are still faster."""
+    return len(sizes) > 1 or x.device.type != "cpu" or (
+        type_of(x) == torch.bfloat16 and sizes[0] >= 32)
+
+
 def lstm(x, h0, c0, w_ih, bias, w_hh, sizes, reverse, plain):
     """One direction of one layer: x (N, I), h0 and c0 (B, H), w_ih (4H, I), bias (4H), w_hh (4H, H)
     -> h after every row's step, (N, H), and the state at the end, a tuple of (B, H). `plain`

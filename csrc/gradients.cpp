@@ -203,7 +203,7 @@ Three lstm_weight_gradients(const at::Tensor& da, const at::Tensor& x, const at:
 #ifdef __AMX_BF16__
   if (use_amx() && N > 0 && I > 0 &&
       (like.dtype() == at::kBFloat16 ||
-       (like.dtype() == at::kFloat && 4.0 * N * H * (H + I) >= 1e8))) {
+       (like.dtype() == at::kFloat && 4.0 * N * H * (H + I) >= 2e7))) {
     const auto floats = like.dtype(at::kFloat);
     auto dw_ih = fresh({4 * H, I}, floats), dw_hh = fresh({4 * H, H}, floats);
     auto dbias = fresh({4 * H}, floats);
