@@ -188,8 +188,8 @@ at::Tensor mm(const at::Tensor& a, const at::Tensor& b) {
   return at::mm(a, b);  // where there is an error, it says so
 }
 
-Three lstm_weight_gradients(const at::Tensor& da, const at::Tensor& x, const at::Tensor& h,
-                            const at::Tensor& h0, at::IntArrayRef sizes, bool reverse) {
+Three weight_gradients_cpu(const at::Tensor& da, const at::Tensor& x, const at::Tensor& h,
+                           const at::Tensor& h0, at::IntArrayRef sizes, bool reverse) {
   TORCH_CHECK(x.dim() == 2 && h0.dim() == 2, "lstm: x and h0 must have 2 dimensions, got ",
               x.dim(), " and ", h0.dim());
   const int64_t N = x.size(0), I = x.size(1), B = h0.size(0), H = h0.size(1);
@@ -249,7 +249,7 @@ Three lstm_weight_gradients(const at::Tensor& da, const at::Tensor& x, const at:
 
 TORCH_LIBRARY_IMPL(rnn, CPU, m) {
   m.impl("mm", mm);
-  m.impl("lstm_weight_gradients", lstm_weight_gradients);
+  m.impl("lstm_weight_gradients", weight_gradients_cpu);
 }
 
 }  // namespace rnn

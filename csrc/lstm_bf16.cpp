@@ -241,8 +241,12 @@ void backward(const Backward<T>& a, const std::vector<Step>& steps, const Share&
     for (int64_t u = begin; u < end; u += 16) put(a.dh0 + b * H + u, sum(b, u), H - u);
 }
 
-int64_t tile_rows(int64_t B) {  // equal row tiles of at most 16: 50 = 13 + 13 + 13 + 11
-  const int64_t tiles = (B + 15) / 16;
+// Equal row tiles of at most 16: 50 = 13 + 13 + 13 + 11. As many for each thread, where those can
+// share the rows (see Share): without a barrier a step of few rows takes half the time.
+int64_t tile_rows(at::IntArrayRef sizes, double weight_bytes) {
+  const int64_t B = sizes[0], tiles = (B + 15) / 16, threads = at::get_num_threads();
+  const int64_t even = round_up(tiles, threads), rows = (B + even - 1) / even;
+  if (can_share_rows(sizes, weight_bytes, threads) && (B + rows - 1) / rows == even) return rows;
   return (B + tiles - 1) / tiles;
 }
 
@@ -263,10 +267,12 @@ at::Tensor forward_bf16(const at::Tensor& x, const at::Tensor& w_ih, const at::T
                         const at::Tensor& h0, const at::Tensor& c0, const at::Tensor& w_hh,
                         at::IntArrayRef sizes, bool reverse, at::Tensor& h, at::Tensor& c,
                         at::Tensor& gates) {
-  const int64_t B = h0.size(0), H = h0.size(1), I = x.size(1), R = tile_rows(B);
+  const auto like = x.options();
+  const int64_t B = h0.size(0), H = h0.size(1), I = x.size(1);
+  const double weight_bytes = 8.0 * (like.dtype() == at::kFloat ? 3 : 1) * H * (I + H);
+  const int64_t R = tile_rows(sizes, weight_bytes);
   const int64_t blocks = (I + 31) / 32 + (H + 31) / 32, tiles = (B + R - 1) / R;
   const int64_t panels = (H + 31) / 32;
-  const auto like = x.options();
   auto c_now = c0.to(at::kFloat, /*non_blocking=*/false, /*copy=*/true);
   const auto bias_ = bias.to(at::kFloat);
   auto sums = fresh({tiles, panels, 2, 4, kSums}, like.dtype(at::kFloat));
@@ -281,7 +287,7 @@ at::Tensor forward_bf16(const at::Tensor& x, const at::Tensor& w_ih, const at::T
                  data<T>(h), data<T>(c), gates.size(0) ? data<T>(gates) : nullptr,
                  data<Bf16>(columns), {data<Bf16>(rows), data<Bf16>(rows) + rows.numel() / 2},
                  data<float>(sums), data<float>(c_now), B, I, H, R, use_amx(), &nan};
-    team(panels, R, sizes, 8.0 * P * H * (I + H), [&](const Share& mine) {
+    team(panels, R, sizes, weight_bytes, [&](const Share& mine) {
       forward<T>(a, steps, mine);
     });
   });
@@ -291,9 +297,11 @@ at::Tensor forward_bf16(const at::Tensor& x, const at::Tensor& w_ih, const at::T
 at::Tensor backward_bf16(const at::Tensor& dh, const at::Tensor& dc, const at::Tensor& gates,
                          const at::Tensor& c, const at::Tensor& c0, const at::Tensor& w_hh,
                          at::IntArrayRef sizes, bool reverse, at::Tensor& da, at::Tensor& dh0) {
-  const int64_t B = c0.size(0), H = c0.size(1), R = tile_rows(B);
-  const int64_t blocks = (H + 15) / 16 * 2, tiles = (B + R - 1) / R, panels = (H + 31) / 32;
   const auto like = dh.options();
+  const int64_t B = c0.size(0), H = c0.size(1);
+  const double weight_bytes = 8.0 * (like.dtype() == at::kFloat ? 3 : 1) * H * H;
+  const int64_t R = tile_rows(sizes, weight_bytes);
+  const int64_t blocks = (H + 15) / 16 * 2, tiles = (B + R - 1) / R, panels = (H + 31) / 32;
   auto dc_now = at::zeros({B, H}, like.dtype(at::kFloat));
   auto sums = fresh({tiles, panels, 2, kSums}, like.dtype(at::kFloat));
   std::atomic<bool> nan = false;
@@ -308,7 +316,7 @@ at::Tensor backward_bf16(const at::Tensor& dh, const at::Tensor& dc, const at::T
                   data<T>(c0), data<T>(w_hh), data<T>(da), data<T>(dh0), data<Bf16>(columns),
                   {data<Bf16>(rows), data<Bf16>(rows) + rows.numel() / 2}, data<float>(sums),
                   data<float>(dc_now), first.data(), B, H, R, use_amx(), &nan};
-    team(panels, R, sizes, 8.0 * P * H * H, [&](const Share& mine) {
+    team(panels, R, sizes, weight_bytes, [&](const Share& mine) {
       backward<T>(a, steps, mine);
     });
   });
