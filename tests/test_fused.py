@@ -364,7 +364,7 @@ def test_weight_gradients(B, I, H, sizes, dtype, reverse, cpu):
     low = dtype == torch.bfloat16
     result = torch.float32 if low else dtype
     # Rounding errors of N sums in a row; torch's own products round bfloat16 results once more.
-    bound = torch.finfo(result).eps * max(1, N**0.5 / 8)
+    bound = torch.finfo(result).eps * max(1, N**0.5 / 4)
     bound += 2**-8 * (low and cpu != "amx")
     for a, b in zip(ours, exact):
         assert a.dtype == result and (a - b).norm() <= bound * b.norm()
