@@ -25,18 +25,18 @@ namespace {
 // takes a group of them at a time, so many that their sums stay in its own cache, and copies them
 // in chunks of N: 32 columns at a time, which stay in the nearest cache for all features.
 
-constexpr int64_t kPart = 4096;                             // rows of N in a part
+constexpr int64_t kPart = 4096;  // rows of N in a part
 template <typename T> constexpr int64_t kChunk = sizeof(T) == 4 ? 8 : 16;  // blocks of 32 rows
-constexpr int64_t kSumBytes = 600 << 10;                    // of a group
+constexpr int64_t kSumBytes = 600 << 10;  // of a group
 
 template <typename T> struct Weights {
-  const T* da;                         // (N,4H)
-  std::vector<const T*> x, h;          // N rows: of x, and of the hidden states h' before them
-  float *dw_ih, *dw_hh, *dbias;        // as in lstm.h
-  Bf16* features;                      // operand of rows (feature tiles, blocks of a part)
-  float* sums;                         // (pairs of columns, feature tiles, 2, 16, 16)
-  int64_t N, I, H, tiles;              // feature tiles: first those of x, then of h'
-  std::atomic<bool>* nan;              // becomes true if a result is NaN
+  const T* da;                   // (N,4H)
+  std::vector<const T*> x, h;    // N rows: of x, and of h'
+  float *dw_ih, *dw_hh, *dbias;  // as in lstm.h
+  Bf16* features;                // operand of rows (feature tiles, blocks of a part)
+  float* sums;                   // (pairs of columns, feature tiles, 2, 16, 16)
+  int64_t N, I, H, tiles;        // feature tiles: first those of x, then of h'
+  std::atomic<bool>* nan;        // becomes true if a result is NaN
 };
 
 // Copies 16 features, from f on, of rows n0 .. n1 to `to`: features become rows.
