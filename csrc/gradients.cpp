@@ -98,8 +98,9 @@ template <typename T> void weight_gradients(const Weights<T>& a, int64_t id, int
           for (int64_t m = 0; m < a.tiles; m += 2) {
             const Bf16* features = a.features + m * next + (n - n0) / 32 * P * kTile;
             const Sums sums{a.sums + (p * a.tiles + m) * tile_sums, 16, kSums, tile_sums};
-            if (n == 0) product<P>(true, true, features, next, data<Bf16>(own), blocks, sums, [] {});
-            else product<P, true>(true, true, features, next, data<Bf16>(own), blocks, sums, [] {});
+            const Bf16* columns = data<Bf16>(own);
+            if (n == 0) product<P>(true, true, features, next, columns, blocks, sums, [] {});
+            else product<P, true>(true, true, features, next, columns, blocks, sums, [] {});
           }
         }
       }

@@ -1,10 +1,11 @@
 // The operators of lstm.h through products of bfloat16 tiles: see tiles.h.
 //
 // Tiles are multiplied by a unit of their own, so the nonlinearities of one panel of 32 units are
-// computed between the products of the next panel: one row of 16 units at a time. Operands: the rows are what varies with time,
-// [x[t] h'] forward and da' backward, in two buffers by turns: one is read, one written for the
-// next step. The columns are [W_ih W_hh]^T and W_hh. From step to step the cell state and its
-// gradient are float32, for both types of tensors.
+// computed between the products of the next panel: 16 units of a row at a time.
+//
+// Operands: the rows are what varies with time, [x[t] h'] forward and da' backward, in two buffers
+// by turns: one is read, one written for the next step. The columns are [W_ih W_hh]^T and W_hh.
+// From step to step the cell state and its gradient are float32, for both types of tensors.
 #include "lstm.h"
 #include "team.h"
 #include "tiles.h"

@@ -63,7 +63,7 @@ void forward(const Forward<T>& a, const std::vector<Step>& steps, const Share& m
   constexpr int L = kLanes<T>, kTile = kRows / 2;
   const int64_t B = a.B, I = a.I, H = a.H, K = I + H, wide = padded<T>(H);
   for (int64_t p = mine.pack; p < mine.pack_end; ++p)
-    for (int64_t k0 = 0; k0 < K; k0 += L)  // rows of W become lanes, a few numbers of each at a time
+    for (int64_t k0 = 0; k0 < K; k0 += L)  // rows of W become lanes, a few numbers at a time
       for (int64_t gate = 0; gate < 4; ++gate)
         for (int64_t lane = 0; lane < L; ++lane)
           for (int64_t k = k0; k < std::min(K, k0 + L); ++k) {
