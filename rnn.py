@@ -370,7 +370,8 @@ class LSTM(RNNBase):
         if FUSED == "1" and fused is None:
             raise RuntimeError("RNN_FUSED=1, but the fused LSTM is not built: run python setup.py "
                                "develop, or call rnn.build()")
-        if keep or self.proj_size or self.step is not lstm_step or not (fused and fused.can_run(x)):
+        if (keep or self.proj_size or self.step is not lstm_step
+                or not (fused and fused.can_run(x) and fused.pays_off(x, sizes))):
             return super()._direction(x, sizes, state, p, reverse, keep)
         bias = p.bias_ih + p.bias_hh if self.bias else p.weight_hh.new_zeros(len(p.weight_hh))
         inputs = (x, *state, p.weight_ih, bias, p.weight_hh)

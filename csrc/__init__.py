@@ -15,7 +15,7 @@ import warnings
 import torch
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
-SOURCES = ["lstm.cpp", "lstm_cpu.cpp", "lstm_bf16.cpp", "mm.cpp"]
+SOURCES = ["lstm.cpp", "lstm_cpu.cpp", "lstm_bf16.cpp", "gradients.cpp"]
 has_cuda = False  # whether the operators that are loaded run on GPUs too
 
 
@@ -82,6 +82,12 @@ def _register_shapes():
     def _(dh, dc, gates, c, c0, w_hh, sizes, reverse):
         return torch.empty_like(gates), torch.empty_like(c0), torch.empty_like(c0)
 
+    @torch.library.register_fake("rnn::lstm_weight_gradients")
+    def _(da, x, h, h0, sizes, reverse):
+        like = da.float() if da.dtype == torch.bfloat16 else da
+        G = da.shape[1]
+        return like.new_empty(G, x.shape[1]), like.new_empty(G, h.shape[1]), like.new_empty(G)
+
     @torch.library.register_fake("rnn::mm")
     def _(a, b):
         return a.new_empty(a.shape[0], b.shape[1])
@@ -106,35 +112,46 @@ def can_run(x):
             and torch.autograd.forward_ad._current_level < 0)
 
 
+def pays_off(x, sizes):
+    """Not for a single step, as in sampling: the kernel first copies the weights into an order of
+    its own, which takes longer than such a step. Many rows of bfloat16 are still faster."""
+    return len(sizes) > 1 or x.device.type != "cpu" or (
+        type_of(x) == torch.bfloat16 and sizes[0] >= 32)
+
+
 def lstm(x, h0, c0, w_ih, bias, w_hh, sizes, reverse, plain):
     """One direction of one layer: x (N, I), h0 and c0 (B, H), w_ih (4H, I), bias (4H), w_hh (4H, H)
     -> h after every row's step, (N, H), and the state at the end, a tuple of (B, H). `plain`
     computes h and c, (N, H), from the first eight arguments with torch's own operators."""
-    inputs = (x, h0, c0, w_ih, bias, w_hh)
     if torch.is_autocast_enabled(x.device.type):
-        inputs = tuple(t.to(type_of(x)) for t in inputs)
-        x, h0, c0, w_ih, bias, w_hh = inputs
+        x, h0, c0 = (t.to(type_of(x)) for t in (x, h0, c0))
+    inputs = (x, h0, c0, w_ih, bias, w_hh)
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
         h, c = FusedLSTM.apply(*inputs, sizes, reverse, plain)
         end = rows_at_the_end(c, sizes, reverse)
     else:
+        w_ih, bias, w_hh = (w.to(x.dtype) for w in (w_ih, bias, w_hh))
         h, end, _ = torch.ops.rnn.lstm_forward(x, w_ih, bias, h0, c0, w_hh, sizes, reverse, False)
     return h, (rows_at_the_end(h, sizes, reverse), end)
 
 
 class FusedLSTM(torch.autograd.Function):
+    """The weights may be of higher precision than x, as under autocast: so are their gradients."""
+
     @staticmethod
     def forward(ctx, x, h0, c0, w_ih, bias, w_hh, sizes, reverse, plain):
-        h, c, gates = torch.ops.rnn.lstm_forward(x, w_ih, bias, h0, c0, w_hh, sizes, reverse, True)
-        ctx.save_for_backward(x, h0, c0, w_ih, bias, w_hh, h, c, gates)
+        low = [w.to(x.dtype) for w in (w_ih, bias, w_hh)]
+        h, c, gates = torch.ops.rnn.lstm_forward(x, low[0], low[1], h0, c0, low[2], sizes, reverse,
+                                                 True)
+        ctx.save_for_backward(x, h0, c0, w_ih, bias, w_hh, low[0], low[2], h, c, gates)
         ctx.sizes, ctx.reverse, ctx.plain = sizes, reverse, plain
         ctx.set_materialize_grads(False)
         return h, c
 
     @staticmethod
     def backward(ctx, dh, dc):
-        *inputs, h, c, gates = ctx.saved_tensors
-        x, h0, c0, w_ih, bias, w_hh = inputs
+        *inputs, w_ih, w_hh, h, c, gates = ctx.saved_tensors  # these weights are of x's type
+        x, h0, c0 = inputs[:3]
         dh = torch.zeros_like(h) if dh is None else dh
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # This gradient is to be differentiated once more, which the operators cannot do. So
@@ -142,19 +159,25 @@ class FusedLSTM(torch.autograd.Function):
             inputs = [t.view_as(t) for t in inputs]  # each of its own, should one come twice
             dc = torch.zeros_like(c) if dc is None else dc
             found = iter(torch.autograd.grad(
-                ctx.plain(*inputs, ctx.sizes, ctx.reverse),
+                ctx.plain(*(t.to(x.dtype) for t in inputs), ctx.sizes, ctx.reverse),
                 [t for t in inputs if t.requires_grad], (dh, dc),
                 create_graph=True, materialize_grads=True))
             gradients = [next(found) if t.requires_grad else None for t in inputs]
             return *gradients, None, None, None
         da, dh0, dc0 = torch.ops.rnn.lstm_backward(dh, dc, gates, c, c0, w_hh, ctx.sizes,
                                                    ctx.reverse)  # (N, 4H), (B, H), (B, H)
-        # Products of tall matrices are quickest with the narrow one of the two transposed.
-        mm = torch.ops.rnn.mm if da.device.type == "cpu" else torch.mm
-        dw_ih = mm(x.t(), da).t()  # (4H, I)
-        dw_hh = mm(rows_before(h, h0, ctx.sizes, ctx.reverse).t(), da).t()  # (4H, H)
+        on_cpu = da.device.type == "cpu"
+        find = torch.ops.rnn.lstm_weight_gradients if on_cpu else weight_gradients
+        dw_ih, dw_hh, dbias = (g.to(inputs[-1].dtype)
+                               for g in find(da, x, h, h0, ctx.sizes, ctx.reverse))
+        mm = torch.ops.rnn.mm if on_cpu else torch.mm
         dx = mm(da, w_ih) if ctx.needs_input_grad[0] else None  # (N, I)
-        return dx, dh0, dc0, dw_ih, da.sum(0), dw_hh, None, None, None
+        return dx, dh0, dc0, dw_ih, dbias, dw_hh, None, None, None
+
+
+def weight_gradients(da, x, h, h0, sizes, reverse):
+    """As the operator lstm_weight_gradients: (4H, I), (4H, H) and (4H)."""
+    return da.t() @ x, da.t() @ rows_before(h, h0, sizes, reverse), da.sum(0)
 
 
 def rows_before(h, h0, sizes, reverse):

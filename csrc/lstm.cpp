@@ -8,6 +8,8 @@ TORCH_LIBRARY(rnn, m) {
         "int[] sizes, bool reverse, bool save) -> (Tensor, Tensor, Tensor)");
   m.def("lstm_backward(Tensor dh, Tensor? dc, Tensor gates, Tensor c, Tensor c0, Tensor w_hh, "
         "int[] sizes, bool reverse) -> (Tensor, Tensor, Tensor)");
+  m.def("lstm_weight_gradients(Tensor da, Tensor x, Tensor h, Tensor h0, int[] sizes, "
+        "bool reverse) -> (Tensor, Tensor, Tensor)");
   m.def("mm(Tensor a, Tensor b) -> Tensor");
 }
 

@@ -16,7 +16,7 @@
 //               dc = dc[t] + dc' f' + dh * o * (1 - tanh(c)^2)        f' of the step just done
 //               da_i = dc * g * i (1 - i)                  da_f = dc * c' * f (1 - f)
 //               da_g = dc * i * (1 - g^2)                  da_o = dh * tanh(c) * o (1 - o)
-//           After the loop, outside of the operator, each is one matrix product:
+//           After the loop, in operators of their own (gradients.cpp):
 //               dx = da W_ih    dW_ih = da^T x    dW_hh = da^T h'    dbias = sum of da over rows
 //
 // Rows      are laid out as in a PackedSequence: step t owns sizes[t] rows, right after those of
@@ -56,6 +56,13 @@ Three lstm_backward(const at::Tensor& dh,                 // (N,H)
                     const at::Tensor& c0,                 // (B,H)
                     const at::Tensor& w_hh,               // (4H,H)
                     at::IntArrayRef sizes, bool reverse);
+
+// -> dW_ih (4H,I), dW_hh (4H,H), dbias (4H); float32 for bfloat16. On the CPU only.
+Three lstm_weight_gradients(const at::Tensor& da,  // (N,4H), from lstm_backward
+                            const at::Tensor& x,   // (N,I)
+                            const at::Tensor& h,   // (N,H), from lstm_forward
+                            const at::Tensor& h0,  // (B,H)
+                            at::IntArrayRef sizes, bool reverse);
 
 // ---- lstm_bf16.cpp, as lstm_cpu.cpp sees it; tensors are checked and contiguous ----
 

@@ -1,10 +1,11 @@
 // The operators of lstm.h through products of bfloat16 tiles: see tiles.h.
 //
-// In each step, first all products of this thread's share, then the nonlinearities, row by row, so
-// that memory is read and written as streams. Operands: the rows are what varies with time,
-// [x[t] h'] forward and da' backward, in two buffers by turns: one is read, one written for the
-// next step. The columns are [W_ih W_hh]^T and W_hh. From step to step the cell state and its
-// gradient are float32, for both types of tensors.
+// Tiles are multiplied by a unit of their own, so the nonlinearities of one panel of 32 units are
+// computed between the products of the next panel: 16 units of a row at a time.
+//
+// Operands: the rows are what varies with time, [x[t] h'] forward and da' backward, in two buffers
+// by turns: one is read, one written for the next step. The columns are [W_ih W_hh]^T and W_hh.
+// From step to step the cell state and its gradient are float32, for both types of tensors.
 #include "lstm.h"
 #include "team.h"
 #include "tiles.h"
@@ -20,7 +21,31 @@ template <int P> inline Bf16* at_row(Bf16* rows, int64_t tile, int64_t r, int64_
   return rows + (tile * (K / 32) + k / 32) * P * kTile + r * 32 + k % 32;
 }
 
-inline __mmask16 is_nan(Floats v) { return _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q); }
+// The nonlinearities of a panel of 32 units in pieces, finish(row, unit) for 16 units of a row: one
+// at a time between the products of the next panel.
+template <typename Finish> class Pieces {
+ public:
+  Pieces(const Finish& finish, int64_t row, int64_t row_end, int64_t H)
+      : finish(finish), row(row), all(std::max<int64_t>(0, row_end - row) * 2), H(H) {}
+  void operator()() {
+    if (j == all) return;
+    const int64_t u = panel * 32 + j % 2 * 16;
+    if (u < H) finish(row + j / 2, u);
+    ++j;
+  }
+  void finish_all() {
+    while (j < all) (*this)();
+  }
+  void follow(int64_t p) {  // panel p, whose products are now done
+    finish_all();
+    panel = p, j = 0;
+  }
+
+ private:
+  const Finish& finish;
+  const int64_t row, all, H;  // all pieces of a panel
+  int64_t panel = 0, j = all;  // the next one
+};
 
 // ---- Forward ----
 
@@ -64,8 +89,8 @@ void forward(const Forward<T>& a, const std::vector<Step>& steps, const Share& m
   constexpr int P = kParts<T>;
   const int64_t I = round_up(a.I, 32), H = a.H, K = I + round_up(H, 32), R = a.R;
   const int64_t row_tile = K / 32 * P * kTile, pair = 2 * row_tile;
-  const int64_t next = (H + 15) / 16 * 4 * kSums;  // sums of a row tile
-  for (int64_t u = mine.pack * 16; u < std::min(mine.pack_end * 16, H); u += 16)
+  const int64_t next = (H + 31) / 32 * 8 * kSums;  // sums of a row tile
+  for (int64_t u = mine.pack * 32; u < std::min(mine.pack_end * 32, H); u += 16)
     for (int64_t gate = 0; gate < 4; ++gate) {
       Bf16* to = a.columns + (u / 16 * 2 + gate / 2) * pair + gate % 2 * kTile;
       for (int64_t k = 0; k < K; k += 32, to += P * 2 * kTile)
@@ -88,29 +113,33 @@ void forward(const Forward<T>& a, const std::vector<Step>& steps, const Share& m
     const Step& s = steps[t];
     Bf16 *before = a.rows[t % 2], *after = a.rows[(t + 1) % 2];
     const int64_t row_end = std::min(mine.row_end, s.rows);
-    for (int64_t q = mine.panel * 2; q < mine.panel_end * 2; ++q)  // i and f, g and o of 16 units
-      for (int64_t b = mine.row; b < row_end; b += 2 * R)
-        product<P>(a.amx, b + R < row_end, before + b / R * row_tile, row_tile,
-                   a.columns + q * pair, K / 32,
-                   {a.sums + b / R * next + q * 2 * kSums, 16, kSums, next});
-    for (int64_t b = mine.row; b < row_end; ++b)
-      for (int64_t u = mine.panel * 16; u < std::min(H, mine.panel_end * 16); u += 16) {
-        const int64_t row = s.row + b, n = H - u;
-        const float* sums = a.sums + b / R * next + u / 16 * 4 * kSums + b % R * 16;
-        Vec<float> sum[4], gate[4];  // i, f, g, o
-        for (int j = 0; j < 4; ++j)
-          sum[j] = (Vec<float>)(_mm512_load_ps(sums + j * kSums) + get(a.bias + j * H + u, n));
-        activate<float>(sum, gate);
-        const Vec<float> c = gate[1] * (Vec<float>)get(a.c_now + b * H + u, n) + gate[0] * gate[2];
-        const Floats h = (Floats)(gate[3] * tanh<float>(c));
-        nan |= is_nan(h);
-        put(a.c_now + b * H + u, (Floats)c, n);
-        put_row<P>(at_row<P>(after, b / R, b % R, I + u, K), h);
-        put(a.h + row * H + u, h, n);
-        if (!a.gates) continue;
-        put(a.c + row * H + u, (Floats)c, n);
-        for (int j = 0; j < 4; ++j) put(a.gates + (row * 4 + j) * H + u, (Floats)gate[j], n);
-      }
+    auto finish = [&](int64_t b, int64_t u) {
+      const int64_t row = s.row + b, n = H - u;
+      const float* sums = a.sums + b / R * next + u / 16 * 4 * kSums + b % R * 16;
+      Vec<float> sum[4], gate[4];  // i, f, g, o
+      for (int j = 0; j < 4; ++j)
+        sum[j] = (Vec<float>)(_mm512_load_ps(sums + j * kSums) + get(a.bias + j * H + u, n));
+      activate<float>(sum, gate);
+      const Vec<float> c = gate[1] * (Vec<float>)get(a.c_now + b * H + u, n) + gate[0] * gate[2];
+      const Floats h = (Floats)(gate[3] * tanh<float>(c));
+      nan |= is_nan(h);
+      put(a.c_now + b * H + u, (Floats)c, n);
+      put_row<P>(at_row<P>(after, b / R, b % R, I + u, K), h);
+      put(a.h + row * H + u, h, n);
+      if (!a.gates) return;
+      put(a.c + row * H + u, (Floats)c, n);
+      for (int j = 0; j < 4; ++j) put(a.gates + (row * 4 + j) * H + u, (Floats)gate[j], n);
+    };
+    Pieces pieces(finish, mine.row, row_end, H);
+    for (int64_t p = mine.panel; p < mine.panel_end; ++p) {
+      for (int64_t q = p * 4; q < std::min(p * 4 + 4, (H + 15) / 16 * 2); ++q)
+        for (int64_t b = mine.row; b < row_end; b += 2 * R)  // i and f, g and o of 16 units
+          product<P>(a.amx, b + R < row_end, before + b / R * row_tile, row_tile,
+                     a.columns + q * pair, K / 32,
+                     {a.sums + b / R * next + q * 2 * kSums, 16, kSums, next}, pieces);
+      pieces.follow(p);
+    }
+    pieces.finish_all();
     if (t + 1 < steps.size()) put_x(a, steps[t + 1], x0, x1, after, K);
     if (!mine.alone) barrier();
   }
@@ -133,29 +162,33 @@ template <typename T> struct Backward {
 // In an operand gate gradients stand in the order [unit / 16][gate][16]: all of 16 units together.
 inline int64_t place(int64_t u, int64_t gate) { return u / 16 * 64 + gate * 16; }
 
+constexpr int64_t kAhead = 4;  // so many rows ahead, what backward reads is fetched
+
 template <typename T>
 void backward(const Backward<T>& a, const std::vector<Step>& steps, const Share& mine) {
   constexpr int P = kParts<T>;
   const int64_t H = a.H, K = round_up(H, 16) * 4, R = a.R;
   const int64_t row_tile = K / 32 * P * kTile, pair = 2 * row_tile;
   const int64_t next = (H + 31) / 32 * 2 * kSums;  // sums of a row tile
-  const int64_t u0 = mine.panel * 32, u1 = std::min(H, mine.panel_end * 32);
+  const int64_t begin = mine.panel * 32, end = std::min(H, mine.panel_end * 32);
   for (int64_t q = mine.pack; q < mine.pack_end; ++q)
     for (int64_t k = 0; k < K / 2; ++k)  // pairs of rows of W_hh: of units u and u + 1
       for (int64_t v = 0; v < 2; ++v) {
         const int64_t gate = k % 32 / 8, u = k / 32 * 16 + k % 8 * 2, column = q * 32 + v * 16;
         const T* w = a.w_hh + (gate * H + u) * H + column;
-        put_columns<P>(a.columns + q * pair + (k / 16 * P * 2 + v) * kTile + k % 16 * 32,
-                       get(w, u < H ? H - column : 0), get(w + H, u + 1 < H ? H - column : 0));
+        __m512i numbers[P];
+        pairs(w, u < H ? H - column : 0, w + H, u + 1 < H ? H - column : 0, numbers);
+        put_columns<P>(a.columns + q * pair + (k / 16 * P * 2 + v) * kTile + k % 16 * 32, numbers);
       }
   barrier();
 
   TileRegisters registers(a.amx, R);
-  auto products = [&](const Bf16* rows, int64_t row_end) {
-    for (int64_t q = mine.panel; q < mine.panel_end; ++q)
+  // All products of this thread with `rows`; `pieces` follow, a panel behind.
+  auto products = [&](const Bf16* rows, int64_t row_end, auto&& pieces, auto&& done) {
+    for (int64_t p = mine.panel; p < mine.panel_end; ++p, done(p - 1))
       for (int64_t b = mine.row; b < row_end; b += 2 * R)
-        product<P>(a.amx, b + R < row_end, rows + b / R * row_tile, row_tile, a.columns + q * pair,
-                   K / 32, {a.sums + b / R * next + q * 2 * kSums, 16, kSums, next});
+        product<P>(a.amx, b + R < row_end, rows + b / R * row_tile, row_tile, a.columns + p * pair,
+                   K / 32, {a.sums + b / R * next + p * 2 * kSums, 16, kSums, next}, pieces);
   };
   auto sum = [&](int64_t b, int64_t u) {
     return _mm512_load_ps(a.sums + b / R * next + u / 16 * kSums + b % R * 16);
@@ -165,30 +198,32 @@ void backward(const Backward<T>& a, const std::vector<Step>& steps, const Share&
     const Step& s = steps[t];
     const int64_t row_end = std::min(mine.row_end, s.rows);
     const int64_t later = t + 1 < steps.size() ? steps[t + 1].going : 0;  // rows that have a da'
-    products(a.rows[t % 2], std::min(row_end, later));
-    for (int64_t b = mine.row; b < row_end; ++b)
-      for (int64_t u = u0; u < u1; u += 16) {
-        const int64_t row = s.row + b, n = H - u;
-        const T* c_before = b < s.going ? a.c + (s.prev + b) * H : a.c0 + b * H;
-        const T* gates = a.gates + row * 4 * H + u;
-        for (int64_t gate = 4; gate < 8; ++gate) __builtin_prefetch(gates + gate * H);  // next row
-        for (const T* p : {a.c + row * H, c_before, a.dh + row * H}) __builtin_prefetch(p + H + u);
-        const Floats i = get(gates, n), f = get(gates + H, n);
-        const Floats g = get(gates + 2 * H, n), o = get(gates + 3 * H, n);
-        const Floats tanh_c = (Floats)tanh<float>((Vec<float>)get(a.c + row * H + u, n));
-        const Floats c = get(c_before + u, n);
-        const Floats dh = get(a.dh + row * H + u, n) + (b < later ? sum(b, u) : Floats{});
-        Floats dc = get(a.dc_now + b * H + u, n) + dh * o * (1 - tanh_c * tanh_c);
-        if (a.dc) dc += get(a.dc + row * H + u, n);
-        put(a.dc_now + b * H + u, dc * f, n);
-        const Floats da[4] = {dc * g * i * (1 - i), dc * c * f * (1 - f), dc * i * (1 - g * g),
-                              dh * tanh_c * o * (1 - o)};
-        nan |= is_nan(da[0] + da[1] + da[2] + da[3]);
-        for (int64_t gate = 0; gate < 4; ++gate) {
-          put_row<P>(at_row<P>(a.rows[(t + 1) % 2], b / R, b % R, place(u, gate), K), da[gate]);
-          put(a.da + (row * 4 + gate) * H + u, da[gate], n);
-        }
+    auto finish = [&](int64_t b, int64_t u) {
+      const int64_t row = s.row + b, n = H - u;
+      const T* c_before = b < s.going ? a.c + (s.prev + b) * H : a.c0 + b * H;
+      const T* gates = a.gates + row * 4 * H + u;
+      for (int64_t gate = 0; gate < 4; ++gate) __builtin_prefetch(gates + (kAhead * 4 + gate) * H);
+      for (const T* p : {a.c + row * H, c_before, a.dh + row * H})
+        __builtin_prefetch(p + kAhead * H + u);
+      const Floats i = get(gates, n), f = get(gates + H, n);
+      const Floats g = get(gates + 2 * H, n), o = get(gates + 3 * H, n);
+      const Floats tanh_c = (Floats)tanh<float>((Vec<float>)get(a.c + row * H + u, n));
+      const Floats c = get(c_before + u, n);
+      const Floats dh = get(a.dh + row * H + u, n) + (b < later ? sum(b, u) : Floats{});
+      Floats dc = get(a.dc_now + b * H + u, n) + dh * o * (1 - tanh_c * tanh_c);
+      if (a.dc) dc += get(a.dc + row * H + u, n);
+      put(a.dc_now + b * H + u, dc * f, n);
+      const Floats da[4] = {dc * g * i * (1 - i), dc * c * f * (1 - f), dc * i * (1 - g * g),
+                            dh * tanh_c * o * (1 - o)};
+      nan |= is_nan(da[0] + da[1] + da[2] + da[3]);
+      for (int64_t gate = 0; gate < 4; ++gate) {
+        put_row<P>(at_row<P>(a.rows[(t + 1) % 2], b / R, b % R, place(u, gate), K), da[gate]);
+        put(a.da + (row * 4 + gate) * H + u, da[gate], n);
       }
+    };
+    Pieces pieces(finish, mine.row, row_end, H);
+    products(a.rows[t % 2], std::min(row_end, later), pieces, [&](int64_t p) { pieces.follow(p); });
+    pieces.finish_all();
     if (!mine.alone) barrier();
   }
   if (nan) *a.nan = true;
@@ -202,13 +237,17 @@ void backward(const Backward<T>& a, const std::vector<Step>& steps, const Share&
         put_row<P>(at_row<P>(a.rows[0], b / R, b % R, place(u, gate), K),
                    get(a.da + (a.first[b] * 4 + gate) * H + u, H - u));
   barrier();
-  products(a.rows[0], mine.row_end);
+  products(a.rows[0], mine.row_end, [] {}, [](int64_t) {});
   for (int64_t b = mine.row; b < mine.row_end; ++b)
-    for (int64_t u = u0; u < u1; u += 16) put(a.dh0 + b * H + u, sum(b, u), H - u);
+    for (int64_t u = begin; u < end; u += 16) put(a.dh0 + b * H + u, sum(b, u), H - u);
 }
 
-int64_t tile_rows(int64_t B) {  // equal row tiles of at most 16: 50 = 13 + 13 + 13 + 11
-  const int64_t tiles = (B + 15) / 16;
+// Equal row tiles of at most 16: 50 = 13 + 13 + 13 + 11. As many for each thread, where those can
+// share the rows (see Share): without a barrier a step of few rows takes half the time.
+int64_t tile_rows(at::IntArrayRef sizes, double weight_bytes) {
+  const int64_t B = sizes[0], tiles = (B + 15) / 16, threads = at::get_num_threads();
+  const int64_t even = round_up(tiles, threads), rows = (B + even - 1) / even;
+  if (can_share_rows(sizes, weight_bytes, threads) && (B + rows - 1) / rows == even) return rows;
   return (B + tiles - 1) / tiles;
 }
 
@@ -229,25 +268,27 @@ at::Tensor forward_bf16(const at::Tensor& x, const at::Tensor& w_ih, const at::T
                         const at::Tensor& h0, const at::Tensor& c0, const at::Tensor& w_hh,
                         at::IntArrayRef sizes, bool reverse, at::Tensor& h, at::Tensor& c,
                         at::Tensor& gates) {
-  const int64_t B = h0.size(0), H = h0.size(1), I = x.size(1), R = tile_rows(B);
-  const int64_t blocks = (I + 31) / 32 + (H + 31) / 32, tiles = (B + R - 1) / R;
-  const int64_t panels = (H + 15) / 16;
   const auto like = x.options();
+  const int64_t B = h0.size(0), H = h0.size(1), I = x.size(1);
+  const double weight_bytes = 8.0 * (like.dtype() == at::kFloat ? 3 : 1) * H * (I + H);
+  const int64_t R = tile_rows(sizes, weight_bytes);
+  const int64_t blocks = (I + 31) / 32 + (H + 31) / 32, tiles = (B + R - 1) / R;
+  const int64_t panels = (H + 31) / 32;
   auto c_now = c0.to(at::kFloat, /*non_blocking=*/false, /*copy=*/true);
   const auto bias_ = bias.to(at::kFloat);
-  auto sums = fresh({tiles, panels, 4, kSums}, like.dtype(at::kFloat));
+  auto sums = fresh({tiles, panels, 2, 4, kSums}, like.dtype(at::kFloat));
   std::atomic<bool> nan = false;
   const auto steps = walk(sizes, reverse);
   with_type(like, [&](auto type) {
     using T = decltype(type);
     constexpr int P = kParts<T>;
-    auto columns = fresh({panels * 2, blocks, P, 2, kTile}, like.dtype(at::kBFloat16));
+    auto columns = fresh({panels * 4, blocks, P, 2, kTile}, like.dtype(at::kBFloat16));
     auto rows = at::zeros({2, tiles, blocks, P, kTile}, like.dtype(at::kBFloat16));
     Forward<T> a{data<T>(x), data<T>(w_ih), data<T>(h0), data<T>(w_hh), data<float>(bias_),
                  data<T>(h), data<T>(c), gates.size(0) ? data<T>(gates) : nullptr,
                  data<Bf16>(columns), {data<Bf16>(rows), data<Bf16>(rows) + rows.numel() / 2},
                  data<float>(sums), data<float>(c_now), B, I, H, R, use_amx(), &nan};
-    team(panels, R, sizes, 8.0 * P * H * (I + H), [&](const Share& mine) {
+    team(panels, R, sizes, weight_bytes, [&](const Share& mine) {
       forward<T>(a, steps, mine);
     });
   });
@@ -257,9 +298,11 @@ at::Tensor forward_bf16(const at::Tensor& x, const at::Tensor& w_ih, const at::T
 at::Tensor backward_bf16(const at::Tensor& dh, const at::Tensor& dc, const at::Tensor& gates,
                          const at::Tensor& c, const at::Tensor& c0, const at::Tensor& w_hh,
                          at::IntArrayRef sizes, bool reverse, at::Tensor& da, at::Tensor& dh0) {
-  const int64_t B = c0.size(0), H = c0.size(1), R = tile_rows(B);
-  const int64_t blocks = (H + 15) / 16 * 2, tiles = (B + R - 1) / R, panels = (H + 31) / 32;
   const auto like = dh.options();
+  const int64_t B = c0.size(0), H = c0.size(1);
+  const double weight_bytes = 8.0 * (like.dtype() == at::kFloat ? 3 : 1) * H * H;
+  const int64_t R = tile_rows(sizes, weight_bytes);
+  const int64_t blocks = (H + 15) / 16 * 2, tiles = (B + R - 1) / R, panels = (H + 31) / 32;
   auto dc_now = at::zeros({B, H}, like.dtype(at::kFloat));
   auto sums = fresh({tiles, panels, 2, kSums}, like.dtype(at::kFloat));
   std::atomic<bool> nan = false;
@@ -274,7 +317,7 @@ at::Tensor backward_bf16(const at::Tensor& dh, const at::Tensor& dc, const at::T
                   data<T>(c0), data<T>(w_hh), data<T>(da), data<T>(dh0), data<Bf16>(columns),
                   {data<Bf16>(rows), data<Bf16>(rows) + rows.numel() / 2}, data<float>(sums),
                   data<float>(dc_now), first.data(), B, H, R, use_amx(), &nan};
-    team(panels, R, sizes, 8.0 * P * H * H, [&](const Share& mine) {
+    team(panels, R, sizes, weight_bytes, [&](const Share& mine) {
       backward<T>(a, steps, mine);
     });
   });

@@ -63,15 +63,14 @@ void forward(const Forward<T>& a, const std::vector<Step>& steps, const Share& m
   constexpr int L = kLanes<T>, kTile = kRows / 2;
   const int64_t B = a.B, I = a.I, H = a.H, K = I + H, wide = padded<T>(H);
   for (int64_t p = mine.pack; p < mine.pack_end; ++p)
-    for (int64_t k = 0; k < K; ++k)
-      for (int64_t gate = 0; gate < 4; ++gate) {
-        Vec<T> v{};
-        for (int64_t u = p * L; u < std::min<int64_t>(H, p * L + L); ++u) {
-          const int64_t row = gate * H + u;
-          v[u - p * L] = k < I ? a.w_ih[row * I + k] : a.w_hh[row * H + k - I];
-        }
-        a.panels[(p * K + k) * 4 + gate] = v;
-      }
+    for (int64_t k0 = 0; k0 < K; k0 += L)  // rows of W become lanes, a few numbers at a time
+      for (int64_t gate = 0; gate < 4; ++gate)
+        for (int64_t lane = 0; lane < L; ++lane)
+          for (int64_t k = k0; k < std::min(K, k0 + L); ++k) {
+            const int64_t u = p * L + lane, row = gate * H + u;
+            T* to = reinterpret_cast<T*>(a.panels + (p * K + k) * 4 + gate) + lane;
+            *to = u >= H ? 0 : k < I ? a.w_ih[row * I + k] : a.w_hh[row * H + k - I];
+          }
   barrier();
   for (size_t t = 0; t < steps.size(); ++t) {
     const Step& s = steps[t];

@@ -44,6 +44,12 @@ template <typename Body> void team_of(int64_t most, const Body& body) {
 #endif
 }
 
+// Whether each of so many threads may take rows of its own: the weights fit each one's cache, and
+// halves of the rows are halves of the work, as all sequences are equally long.
+inline bool can_share_rows(at::IntArrayRef sizes, double weight_bytes, int64_t threads) {
+  return sizes.back() == sizes[0] && sizes[0] >= 4 * threads && weight_bytes <= 1.6e6;
+}
+
 // Runs body(share) on a team.
 template <typename Body>
 void team(int64_t panels, int64_t tile, at::IntArrayRef sizes, double weight_bytes,
@@ -51,9 +57,8 @@ void team(int64_t panels, int64_t tile, at::IntArrayRef sizes, double weight_byt
   const int64_t B = sizes[0], tiles = (B + tile - 1) / tile;
   auto share = [&](int64_t id, int64_t count) {
     const int64_t p0 = panels * id / count, p1 = panels * (id + 1) / count;
-    const bool dense = sizes.back() == B;  // else halves of the rows are not halves of the work
     const bool even = tiles % count == 0 || tiles >= 16 * count;
-    if (dense && B >= 4 * count && even && weight_bytes <= 1.6e6)  // they fit each thread's cache
+    if (even && can_share_rows(sizes, weight_bytes, count))
       return Share{tiles * id / count * tile, std::min(B, tiles * (id + 1) / count * tile), 0,
                    panels, p0, p1, id, count, true};
     return Share{0, B, p0, p1, p0, p1, id, count, false};

@@ -49,6 +49,7 @@ inline Floats widen(__m256i v) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
 }
 inline __m256i narrow(Floats v) { return (__m256i)_mm512_cvtneps_pbh(v); }
+inline __mmask16 is_nan(Floats v) { return _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q); }
 inline Floats get(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first(n), p); }
 inline Floats get(const Bf16* p, int64_t n) { return widen(_mm256_maskz_loadu_epi16(first(n), p)); }
 inline void put(float* p, Floats v, int64_t n) { _mm512_mask_storeu_ps(p, first(n), v); }
@@ -70,19 +71,25 @@ template <int P> inline void put_row(Bf16* to, Floats v) {
   for (int p = 0; p < P; ++p) _mm256_store_si256((__m256i*)(to + p * kTile), part[p]);
 }
 
-// Two numbers, k and k + 1, of sixteen lanes, as pairs side by side
-template <int P> inline void pairs(Floats even, Floats odd, __m512i* pair) {
-  __m256i low[P], high[P];
-  split<P>(even, low), split<P>(odd, high);
-  for (int p = 0; p < P; ++p)
+// Two rows' numbers side by side, as pairs; of each row the first min(n, 16) are in memory.
+inline void pairs(const float* even, int64_t n_even, const float* odd, int64_t n_odd,
+                  __m512i* pair) {
+  __m256i low[3], high[3];
+  split<3>(get(even, n_even), low), split<3>(get(odd, n_odd), high);
+  for (int p = 0; p < 3; ++p)
     pair[p] = _mm512_or_si512(_mm512_cvtepu16_epi32(low[p]),
                               _mm512_slli_epi32(_mm512_cvtepu16_epi32(high[p]), 16));
 }
+inline void pairs(const Bf16* even, int64_t n_even, const Bf16* odd, int64_t n_odd,
+                  __m512i* pair) {
+  const __m256i low = _mm256_maskz_loadu_epi16(first(n_even), even);
+  const __m256i high = _mm256_maskz_loadu_epi16(first(n_odd), odd);
+  *pair = _mm512_or_si512(_mm512_cvtepu16_epi32(low),
+                          _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+}
 
-// Two numbers of sixteen columns; `to` is their place in the column tile of the first part.
-template <int P> inline void put_columns(Bf16* to, Floats even, Floats odd) {
-  __m512i pair[P];
-  pairs<P>(even, odd, pair);
+// Pairs of sixteen columns; `to` is their place in the column tile of the first part.
+template <int P> inline void put_columns(Bf16* to, const __m512i* pair) {
   for (int p = 0; p < P; ++p) _mm512_store_si512(to + p * 2 * kTile, pair[p]);
 }
 
@@ -130,8 +137,9 @@ class TileRegisters {
   bool use;
 };
 
-template <int P, int R, bool add>
-void product_amx(const Bf16* rows, int64_t next, const Bf16* columns, int64_t blocks, Sums sums) {
+template <int P, int R, bool add, typename Between>
+void product_amx(const Bf16* rows, int64_t next, const Bf16* columns, int64_t blocks, Sums sums,
+                 Between& between) {
   const int64_t bytes = sums.stride * 4;
   float *const below = sums.at + (R - 1) * sums.down;
   asm volatile("" ::: "memory");  // GCC does not know that _tile_loadd reads memory
@@ -170,6 +178,7 @@ void product_amx(const Bf16* rows, int64_t next, const Bf16* columns, int64_t bl
       then_columns(1), then_rows(1), then_columns(0), then_rows(2), then_rows(0);
     }
     m00(), m01(), m10(), m11();
+    between();
   }
   _tile_stored(0, sums.at, bytes);
   _tile_stored(1, sums.at + sums.right, bytes);
@@ -182,8 +191,8 @@ inline bool has_amx() { return false; }
 struct TileRegisters {
   TileRegisters(bool, int64_t) {}
 };
-template <int P, int R, bool add>
-void product_amx(const Bf16*, int64_t, const Bf16*, int64_t, Sums) {}
+template <int P, int R, bool add, typename Between>
+void product_amx(const Bf16*, int64_t, const Bf16*, int64_t, Sums, Between&) {}
 #endif
 
 // The same with AVX-512 BF16, which multiplies 16 pairs at a time: twice as fast as float32, so not
@@ -225,12 +234,13 @@ inline bool allowed(const char* what) {
 inline bool use_amx() { return has_amx() && allowed("amx"); }
 
 // sums = (or, with add, +=) up to two row tiles x one pair of column tiles, over so many blocks of
-// 32 numbers. `next`: from a row tile to the next one.
-template <int P, bool add = false>
+// 32 numbers. `next`: from a row tile to the next one. `between` is called after each block, or not
+// at all: tiles are multiplied by a unit of their own, so other work can be done meanwhile.
+template <int P, bool add = false, typename Between>
 inline void product(bool amx, bool two, const Bf16* rows, int64_t next, const Bf16* columns,
-                    int64_t blocks, Sums sums) {
-  if (amx && two) product_amx<P, 2, add>(rows, next, columns, blocks, sums);
-  else if (amx) product_amx<P, 1, add>(rows, next, columns, blocks, sums);
+                    int64_t blocks, Sums sums, Between&& between) {
+  if (amx && two) product_amx<P, 2, add>(rows, next, columns, blocks, sums, between);
+  else if (amx) product_amx<P, 1, add>(rows, next, columns, blocks, sums, between);
   else if constexpr (P == 1) {
     if (two) product_avx512<2, add>(rows, next, columns, blocks, sums);
     else product_avx512<1, add>(rows, next, columns, blocks, sums);

@@ -351,6 +351,60 @@ def test_infinity_goes_where_it_goes_in_torch(where, value):
     torch.testing.assert_close(*results, equal_nan=True, rtol=1e-4, atol=1e-5)
 
 
+# The last one is longer than the part of the rows that is copied at a time.
+@pytest.mark.parametrize("B,I,H,sizes", [
+    (3, 5, 7, [3, 3, 1]), (32, 65, 130, [32] * 9 + [20] * 3), (64, 64, 200, [64] * 70)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("reverse", REVERSE)
+def test_weight_gradients(B, I, H, sizes, dtype, reverse, cpu):
+    N, compute = sum(sizes), torch.ops.rnn.lstm_weight_gradients
+    da, x, h, h0 = (torch.randn(n, m).to(dtype) for n, m in ((N, 4 * H), (N, I), (N, H), (B, H)))
+    ours = compute(da, x, h, h0, sizes, reverse)
+    exact = rnn.fused.weight_gradients(*(t.double() for t in (da, x, h, h0)), sizes, reverse)
+    low = dtype == torch.bfloat16
+    result = torch.float32 if low else dtype
+    # Rounding errors of N sums in a row; torch's own products round bfloat16 results once more.
+    bound = torch.finfo(result).eps * max(1, N**0.5 / 4)
+    bound += 2**-8 * (low and cpu != "amx")
+    for a, b in zip(ours, exact):
+        assert a.dtype == result and (a - b).norm() <= bound * b.norm()
+    for threads in (1, 3):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            again = compute(da, x, h, h0, sizes, reverse)
+        finally:
+            torch.set_num_threads(before)
+        if cpu == "amx":  # else they are torch's
+            assert all(torch.equal(a, b) for a, b in zip(ours, again))
+    torch.library.opcheck(compute, (da, x, h, h0, sizes, reverse))
+    da[1, 2] = float("inf")
+    for a in compute(da, x, h, h0, sizes, reverse):
+        assert a[2].isinf().all() and a[3:].isfinite().all()
+
+
+def test_weight_gradients_of_wrong_shapes():
+    good = [torch.zeros(4, 8), torch.zeros(4, 3), torch.zeros(4, 2), torch.zeros(2, 2)]
+    for k, name in enumerate(("da", "x", "h", "h0")):
+        wrong = list(good)
+        wrong[k] = wrong[k][:, :, None] if name in ("x", "h0") else wrong[k][:, 1:]
+        with pytest.raises(RuntimeError, match=name):
+            torch.ops.rnn.lstm_weight_gradients(*wrong, [2, 2], False)
+    with pytest.raises(RuntimeError, match="sizes"):
+        torch.ops.rnn.lstm_weight_gradients(*good, [2, 1], False)
+
+
+def test_a_single_step_of_inference_takes_the_plain_path():
+    layer, x = rnn.LSTM(8, 16), torch.randn(2, 1, 8)
+    with torch.no_grad():
+        both, (h, _) = layer(x)
+        first, state = layer(x[:1])
+        second, (h1, _) = layer(x[1:], state)
+    assert rnn.fused.pays_off(x, [1, 1]) and not rnn.fused.pays_off(x, [1])
+    torch.testing.assert_close(torch.cat((first, second)), both, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(h, h1, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("M,K,C", [(2, 3, 4), (300, 1111, 333), (333, 1111, 300), (64, 4096, 512)])
 def test_mm_is_torchs_mm(M, K, C, transposed):
