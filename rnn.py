@@ -45,6 +45,7 @@ import warnings
 from collections import Counter
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
@@ -1044,6 +1045,33 @@ def load(path, device="cpu"):
 
 # ----------------------------------------------------------------------------------------------
 # Training
+#
+# Several processes (of torchrun) train one model: each reads its share of every batch's rows, and
+# DistributedDataParallel gives all of them the mean gradient. The clock, Ctrl-C and the held-out
+# text are rank 0's business; it tells the others, so that all always take the same path. Without
+# torch.distributed there is one process, rank 0.
+
+
+def processes():
+    """This process's rank, and how many processes there are."""
+    together = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+
+
+def rank_0_says(*numbers):
+    """Rank 0's numbers, on every rank."""
+    numbers = torch.tensor(numbers, dtype=torch.float64)
+    if processes()[1] > 1:
+        dist.broadcast(numbers, 0)
+    return numbers.tolist()
+
+
+def from_all(value):
+    """The values of all ranks, on every rank: a list."""
+    values = [value] * processes()[1]
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 @contextlib.contextmanager
@@ -1066,6 +1094,20 @@ def ctrl_c_between_steps():
             signal.signal(signal.SIGINT, before)
 
 
+def say(line, passing=False):
+    """Print a line, on rank 0. On a terminal the next one takes the place of a passing one."""
+    if sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns - 1
+        line = f"{line:<{width}}"[:width]
+    if processes()[0] == 0:
+        print(line, end="\r" if passing and sys.stdout.isatty() else "\n", flush=True)
+
+
+def measures(loss):
+    """A loss in nats in its three usual forms."""
+    return f"loss {loss:.4f} ppl {math.exp(min(loss, 99)):.2f} bpc {loss / math.log(2):.3f}"
+
+
 def random_state(new=None):
     """The state of torch's random numbers on all devices; with `new`, set to it."""
     if new is not None:
@@ -1075,34 +1117,85 @@ def random_state(new=None):
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
-def say(line, passing=False):
-    """Print a line. On a terminal the next one takes the place of a passing one."""
-    if sys.stdout.isatty():
-        width = shutil.get_terminal_size().columns - 1
-        print(f"{line:<{width}}"[:width], end="\r" if passing else "\n", flush=True)
-    else:
-        print(line, flush=True)
+class Run:
+    """A run of training between two steps: what has been reached, and checkpoints of it."""
 
+    NUMBERS = ("step", "seconds", "halvings", "best", "stale", "history")
 
-def report(run, window, seconds, symbols, left):
-    """Print one line on the last steps, window: a list of (loss, gradient norm). Returns the mean
-    loss; raises FloatingPointError if it or a norm is not finite."""
-    losses, norms = torch.stack(window).cpu().unbind(1)  # (steps,) each
-    loss, norm = float(losses.mean()), float(norms.max())
-    if not math.isfinite(loss + norm):
-        raise FloatingPointError(
-            f"training stopped at step {run['step']}: loss {loss}, gradient norm {norm}. A smaller "
-            "lr or clip may help; the last checkpoint remains")
-    note = " gradient explodes" if norm > 1e3 else ""
-    note = " gradient vanishes" if float(norms.min()) < 1e-6 else note
-    say(f"step {run['step']:,} ({max(left, 0):.0f} s left) {measures(loss)} grad {norm:.2g} "
-        f"{len(window) * symbols / seconds:,.0f} chars/s{note}", passing=True)
-    return loss
+    def __init__(self, model, vocab, batches, optimizer, out, options, notes):
+        self.model, self.vocab, self.batches, self.optimizer = model, vocab, batches, optimizer
+        self.out, self.options, self.notes = out, options, notes
+        self.state = model.init_state(batches.batch // processes()[1])  # of this process's rows
+        self.step, self.seconds, self.history = 0, 0.0, []
+        self.best, self.best_weights = math.inf, None  # the lowest held-out loss
+        self.stale = self.halvings = 0  # evaluations since then; how often they halved the rate
+        self.window = []  # (loss, gradient norm) of every step since the last report
+        self.since, self.busy = time.perf_counter(), 0.0  # that report; seconds spent on steps
 
+    def keep(self, name):
+        """Write a checkpoint with the rows of all processes, so that any number can go on."""
+        state = map_state(torch.Tensor.cpu, self.state)
+        states, randoms = zip(*from_all((state, random_state())))
+        if processes()[0] == 0:
+            save(os.path.join(self.out, name), self.model, self.vocab, options=self.options,
+                 run={name: getattr(self, name) for name in self.NUMBERS}, best=self.best_weights,
+                 notes=self.notes, state=map_state(lambda *s: torch.cat(s, dim=1), *states),
+                 optimizer=self.optimizer.state_dict(), batches=self.batches.state_dict(),
+                 random=list(randoms))
 
-def measures(loss):
-    """A loss in nats in its three usual forms."""
-    return f"loss {loss:.4f} ppl {math.exp(min(loss, 99)):.2f} bpc {loss / math.log(2):.3f}"
+    def resume(self, kept):
+        """Go on from what `keep` has written."""
+        wrong = [f"{name}={self.options[name]} (it was {old})"
+                 for name, old in kept["options"].items() if self.options[name] != old]
+        if wrong:
+            raise ValueError("a run cannot be resumed with other values: " + ", ".join(wrong))
+        rank, count = processes()
+        for name in self.NUMBERS:
+            setattr(self, name, copy.deepcopy(kept["run"][name]))
+        self.best_weights, device = kept["best"], self.batches.ids.device
+        self.state = map_state(lambda s: s.chunk(count, dim=1)[rank].to(device), kept["state"])
+        self.optimizer.load_state_dict(kept["optimizer"])
+        self.batches.load_state_dict(kept["batches"])
+        randoms = kept["random"] if isinstance(kept["random"], list) else [kept["random"]]
+        if rank < len(randoms):  # a process more than there were begins with its own seed
+            random_state(randoms[rank])
+
+    def report(self, left):
+        """Print one line on the steps since the last one. Returns their mean loss; raises
+        FloatingPointError if it or a gradient norm is not finite."""
+        losses, norms = torch.stack(self.window).cpu().unbind(1)  # (steps,) each
+        losses = from_all(float(losses.mean()))  # of each process's rows
+        loss, norm, took = sum(losses) / len(losses), float(norms.max()), self.quiet()
+        if not math.isfinite(loss + norm):
+            raise FloatingPointError(
+                f"training stopped at step {self.step}: loss {loss}, gradient norm {norm}. A "
+                "smaller lr or clip may help; the last checkpoint remains")
+        note = " gradient explodes" if norm > 1e3 else ""
+        note = " gradient vanishes" if float(norms.min()) < 1e-6 else note
+        symbols = len(self.window) * self.options["batch"] * self.options["context"]
+        say(f"step {self.step:,} ({max(left, 0):.0f} s left) {measures(loss)} grad {norm:.2g} "
+            f"{symbols / took:,.0f} chars/s{note}", passing=True)
+        self.window, self.busy = [], self.busy + took
+        return loss
+
+    def quiet(self):
+        """Seconds since the last report."""
+        return time.perf_counter() - self.since
+
+    def measure(self, val_ids, loss):
+        """Evaluate, and keep the model if it is the best so far."""
+        value = evaluate(self.model, val_ids) if processes()[0] == 0 else 0.0
+        (value,) = rank_0_says(value)
+        if not math.isfinite(value):
+            raise FloatingPointError(f"training stopped at step {self.step}: held-out loss "
+                                     f"{value}; the last checkpoint remains")
+        self.history.append((self.step, loss, value))
+        self.stale = 0 if value < self.best else self.stale + 1
+        self.halvings += self.stale > 0 and self.stale % 2 == 0
+        say(f"step {self.step:,} held-out {measures(value)}")
+        if value < self.best:
+            self.best, self.best_weights = value, copy.deepcopy(self.model.state_dict())
+            self.keep("best.pt")
 
 
 def backpropagate(model, x, y, state, accumulate, autocast):
@@ -1122,6 +1215,13 @@ def backpropagate(model, x, y, state, accumulate, autocast):
     return loss, map_state(lambda *s: torch.cat(s, dim=1), *ends)
 
 
+def learning_rate(step, done, warmup, schedule, halvings):
+    """As a part of the highest; done: the part of the run that is over."""
+    fall = 0.03 + 0.97 * (1 + math.cos(math.pi * done)) / 2
+    fall = fall if schedule == "cosine" else 0.5**halvings
+    return fall * min(1.0, (step + 1) / max(warmup, 1))
+
+
 def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, batch=32,
           context=64, order="sequential", lr=4e-3, warmup=20, schedule="cosine",
           weight_decay=0.01, clip=1.0, accumulate=1, dtype=torch.float32, seed=0, evals=10,
@@ -1131,6 +1231,7 @@ def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, ba
     "history" (a list of (step, training loss, val_loss)).
 
     steps or seconds  the length of the whole run, one of the two
+    batch             rows of a batch, of all processes together
     order             see Batches; "sequential" carries the state from batch to batch
     lr, warmup        AdamW's rate rises for `warmup` steps, then falls by the schedule: "cosine",
     schedule          to 3 %, or "plateau", to half after two evaluations without a new best
@@ -1143,9 +1244,11 @@ def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, ba
                       as if never interrupted
     notes             a dict that the checkpoints keep
 
-    Ctrl-C ends the run early, but in order. Raises ValueError for bad values, OSError if `out`
-    cannot be written, FloatingPointError when a loss or gradient is no longer finite; the last
-    good checkpoint then remains."""
+    Ctrl-C ends the run early, but in order. Processes for which torch.distributed has been
+    initialized, with a backend that serves the CPU too, train together; all call this alike.
+    Raises ValueError for bad values, OSError if `out` cannot be written, FloatingPointError when a
+    loss or gradient is no longer finite; the last good checkpoint then remains."""
+    rank, count = processes()
     options = {"batch": batch, "context": context, "order": order, "lr": lr, "warmup": warmup,
                "schedule": schedule, "weight_decay": weight_decay, "clip": clip, "seed": seed,
                "accumulate": accumulate, "dtype": str(dtype), "symbols": len(train_ids)}
@@ -1159,86 +1262,59 @@ def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, ba
     if min(at_least_1) < 1 or warmup < 0 or not clip > 0:
         raise ValueError("accumulate, evals, patience must be at least 1, warmup at least 0, clip "
                          f"above 0; got {accumulate=} {evals=} {patience=} {warmup=} {clip=}")
-    torch.manual_seed(seed)
-    batches, state = Batches(train_ids, batch, context, order, seed), model.init_state(batch)
+    if batch % count:
+        raise ValueError(f"batch must be a multiple of the {count} processes, got {batch}")
     if len(vocab) < 2 or len(val_ids) < 2 or len(vocab) != model.vocab_size:
         raise ValueError("training needs two different symbols, a model for just as many, and two "
                          "symbols to evaluate on; "
                          f"got {len(vocab)}, {model.vocab_size} and {len(val_ids)}")
+    batches = Batches(train_ids, batch, context, order, seed)  # the same on every rank
     wide, flat = ([p for p in model.parameters() if (p.dim() > 1) == yes] for yes in (True, False))
     optimizer = torch.optim.AdamW([{"params": wide}, {"params": flat, "weight_decay": 0.0}], lr,
                                   betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
-    run = {"step": 0, "seconds": 0.0, "halvings": 0, "best": math.inf, "stale": 0, "history": []}
-    best = None  # the weights that reached run["best"]
+    torch.manual_seed(seed + rank)  # each rank drops other units
+    run = Run(model, vocab, batches, optimizer, out, options, notes)
     if resume:
-        wrong = [f"{name}={options[name]} (it was {old})" for name, old in resume["options"].items()
-                 if options[name] != old]
-        if wrong:
-            raise ValueError("a run cannot be resumed with other values: " + ", ".join(wrong))
-        run, best = copy.deepcopy(resume["run"]), resume["best"]
-        state = map_state(lambda s: s.to(train_ids.device), resume["state"])
-        optimizer.load_state_dict(resume["optimizer"])
-        batches.load_state_dict(resume["batches"])
-        random_state(resume["random"])
-
-    def keep(name):  # all as it is at this moment
-        save(os.path.join(out, name), model, vocab, options=options, run=run, best=best,
-             notes=notes, state=state, optimizer=optimizer.state_dict(),
-             batches=batches.state_dict(), random=random_state())
-
-    def measure(loss):
-        nonlocal best
-        value = evaluate(model, val_ids)
-        if not math.isfinite(value):
-            raise FloatingPointError(f"training stopped at step {run['step']}: held-out loss "
-                                     f"{value}; the last checkpoint remains")
-        run["history"].append((run["step"], loss, value))
-        run["stale"] = 0 if value < run["best"] else run["stale"] + 1
-        run["halvings"] += run["stale"] > 0 and run["stale"] % 2 == 0
-        say(f"step {run['step']:,} held-out {measures(value)}")
-        if value < run["best"]:
-            run["best"], best = value, copy.deepcopy(model.state_dict())
-            keep("best.pt")
-
-    os.makedirs(out, exist_ok=True)
-    keep("last.pt")  # at once, and read back: what cannot be kept must show before any work is done
-    load(os.path.join(out, "last.pt"))
+        run.resume(resume)
+    if rank == 0:
+        os.makedirs(out, exist_ok=True)
+    run.keep("last.pt")  # at once, and read back: what cannot be kept must show before any work
+    if rank == 0:
+        load(os.path.join(out, "last.pt"))
+    model.train()
+    replica = nn.parallel.DistributedDataParallel(model) if count > 1 else model
     autocast = torch.autocast(train_ids.device.type, dtype, enabled=dtype != torch.float32)
     pause = 1 if sys.stdout.isatty() else 10  # seconds between two progress lines
-    began, first_step = time.perf_counter() - run["seconds"], run["step"]
-    window, since, busy = [], time.perf_counter(), 0.0
-    model.train()
+    began, first_step, run.since = time.perf_counter() - run.seconds, run.step, time.perf_counter()
+    done, ending = run.step / steps if steps else run.seconds / seconds, False
     with ctrl_c_between_steps() as pressed:
-        done, ending = run["step"] / steps if steps else run["seconds"] / seconds, False
-        while done < 1 and not ending and run["stale"] != patience:
-            fall = 0.03 + 0.97 * (1 + math.cos(math.pi * done)) / 2
-            fall = fall if schedule == "cosine" else 0.5 ** run["halvings"]
+        while done < 1 and not ending and run.stale != patience:
             for group in optimizer.param_groups:
-                group["lr"] = lr * min(1.0, (run["step"] + 1) / max(warmup, 1)) * fall
-            x, y = batches.next()  # (B, T) each
+                group["lr"] = lr * learning_rate(run.step, done, warmup, schedule, run.halvings)
+            x, y = (part.chunk(count)[rank] for part in batches.next())  # (B / count, T) each
             if not batches.carries_state:
-                state = model.init_state(batch)
+                run.state = model.init_state(len(x))
             optimizer.zero_grad()
-            loss, state = backpropagate(model, x, y, state, accumulate, autocast)
+            loss, run.state = backpropagate(replica, x, y, run.state, accumulate, autocast)
             norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
             optimizer.step()
-            window.append(torch.stack((loss, norm)))  # read later: do not wait for a GPU here
-            run["step"] += 1
-            run["seconds"] = time.perf_counter() - began
-            past, done = done, run["step"] / steps if steps else run["seconds"] / seconds
+            run.window.append(torch.stack((loss, norm)))  # read later: do not wait for a GPU here
+            run.step += 1
+            run.seconds, ending, late = rank_0_says(time.perf_counter() - began, bool(pressed),
+                                                    run.quiet() > pause)
+            past, done = done, run.step / steps if steps else run.seconds / seconds
             due = int(done * evals + 1e-9) > int(past * evals + 1e-9)
-            ending, took = bool(pressed), time.perf_counter() - since
-            if due or ending or took > pause:
-                mean = report(run, window, took, batch * context, run["seconds"] * (1 / done - 1))
+            if due or ending or late:
+                mean = run.report(left=run.seconds * (1 / done - 1))
                 if ending:
-                    keep("last.pt")  # before an evaluation that an uninterrupted run does not make
+                    run.keep("last.pt")  # before an evaluation that uninterrupted runs do not make
                 if due or ending:
-                    measure(mean)
+                    run.measure(val_ids, mean)
                 if due:
-                    keep("last.pt")
-                window, since, busy = [], time.perf_counter(), busy + took
-    if best:
-        model.load_state_dict(best)
-    return {"val_loss": run["best"], "step": run["step"], "seconds": run["seconds"],
-            "chars_per_s": (run["step"] - first_step) * batch * context / max(busy, 1e-9),
-            "history": run["history"]}
+                    run.keep("last.pt")
+                run.since = time.perf_counter()
+    if run.best_weights:
+        model.load_state_dict(run.best_weights)
+    return {"val_loss": run.best, "step": run.step, "seconds": run.seconds,
+            "chars_per_s": (run.step - first_step) * batch * context / max(run.busy, 1e-9),
+            "history": run.history}
