@@ -124,6 +124,13 @@ def layer_norm_lstm_step(gx, state, p):
     return {"h": project(h, p), "c": c, "i": i, "f": f, "g": g, "o": o}
 
 
+def map_state(function, *states):
+    """Apply a function to a state, whether a tensor (RNN, GRU) or a tuple of two (LSTM)."""
+    if isinstance(states[0], torch.Tensor):
+        return function(*states)
+    return tuple(function(*parts) for parts in zip(*states))
+
+
 class Parameters:
     """The parameters of one direction of one layer, as attributes (a SimpleNamespace would do, but
     torch.compile cannot see through that)."""
@@ -188,10 +195,10 @@ class RNNBase(nn.Module):
         self.output_size = proj_size or hidden_size  # of one direction
         for k in range(num_layers):
             reads = input_size if k == 0 else self.output_size * self.directions
-            for suffix in (f"_l{k}", f"_l{k}_reverse")[: self.directions]:
+            for d in range(self.directions):
                 for name, shape in self.shapes(reads).items():
-                    value = torch.empty(shape, device=device, dtype=dtype)
-                    setattr(self, name + suffix, nn.Parameter(value))
+                    value = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+                    setattr(self, name + self._suffix(k, d), value)
         self.reset_parameters()
 
     def _check_arguments(self):
@@ -201,20 +208,24 @@ class RNNBase(nn.Module):
             if not isinstance(value, kind):
                 raise TypeError(f"{name} should be of type {kind.__name__}, "
                                 f"got: {type(value).__name__}")
-        for name in ("input_size", "hidden_size", "num_layers"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be greater than zero, got {getattr(self, name)}")
-        number = isinstance(self.dropout, (int, float)) and not isinstance(self.dropout, bool)
-        if not number or not 0 <= self.dropout <= 1:
-            raise ValueError(f"dropout should be a number in range [0, 1], got {self.dropout}")
-        if self.dropout and self.num_layers == 1:
+        p, most = self.dropout, self.hidden_size - 1 if self.gates == 4 else 0
+        number = isinstance(p, (int, float)) and not isinstance(p, bool)
+        for name, fine, wanted in (
+            ("input_size", self.input_size > 0, "must be greater than zero"),
+            ("hidden_size", self.hidden_size > 0, "must be greater than zero"),
+            ("num_layers", self.num_layers > 0, "must be greater than zero"),
+            ("dropout", number and 0 <= p <= 1, "should be a number in range [0, 1]"),
+            ("proj_size", 0 <= self.proj_size <= most, "must be 0 or, of an LSTM, < hidden_size"),
+        ):
+            if not fine:
+                raise ValueError(f"{name} {wanted}, got {getattr(self, name)}")
+        if p and self.num_layers == 1:
             warnings.warn("dropout acts between layers and so needs num_layers greater than 1, "
-                          f"but got dropout={self.dropout} and num_layers=1", stacklevel=4)
-        if self.proj_size and self.gates != 4:
-            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-        if not 0 <= self.proj_size < self.hidden_size:
-            raise ValueError("proj_size has to be zero, for no projection, or positive and smaller "
-                             f"than hidden_size={self.hidden_size}, got {self.proj_size}")
+                          f"but got dropout={p} and num_layers=1", stacklevel=4)
+
+    def _suffix(self, k, d):
+        """What the names of parameters in layer k, direction d, end with."""
+        return f"_l{k}_reverse" if d else f"_l{k}"
 
     def shapes(self, reads):
         """The parameters of one direction of one layer that reads so many features."""
@@ -249,7 +260,7 @@ class RNNBase(nn.Module):
         """The input as rows for `scan`, (N, I), so that all that follows knows one layout only; the
         number of rows of each step; and a function that gives results the input's layout."""
         packed = isinstance(input, PackedSequence)
-        x, weight = input.data if packed else input, self.weight_ih_l0
+        x, weight = input.data if packed else input, getattr(self, "weight_ih" + self._suffix(0, 0))
         if not packed and x.dim() not in (2, 3):
             raise ValueError(f"{type(self).__name__}: Expected input to be 2D or 3D, "
                              f"got {x.dim()}D instead")
@@ -263,19 +274,14 @@ class RNNBase(nn.Module):
         if packed:
             return x, input.batch_sizes.tolist(), lambda rows: PackedSequence(rows, *input[1:])
         single = x.dim() == 2
-        if single:
-            x = x[:, None]  # (T, 1, I)
-        elif self.batch_first:
-            x = x.transpose(0, 1)  # (T, B, I)
+        x = x[:, None] if single else x.transpose(0, 1) if self.batch_first else x  # (T, B, I)
         T, B = x.shape[:2]
         if T == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
 
         def undo(rows):  # (N, H) -> (T, B, H), (B, T, H) or (T, H)
             y = rows.view(T, B, rows.shape[-1])
-            if single:
-                return y[:, 0]
-            return y.transpose(0, 1) if self.batch_first else y
+            return y[:, 0] if single else y.transpose(0, 1) if self.batch_first else y
 
         return x.reshape(T * B, self.input_size), [B] * T, undo
 
@@ -340,7 +346,7 @@ class RNNBase(nn.Module):
         p = dict(bias_ih=None, bias_hh=None, bias_c=None, weight_hr=None,
                  nonlinearity=self.nonlinearity)
         for name in self.shapes(1):  # only the names are wanted here
-            p[name] = getattr(self, f"{name}_l{k}" + ("_reverse" if d else ""))
+            p[name] = getattr(self, name + self._suffix(k, d))
         return Parameters(**p)
 
     def extra_repr(self):
@@ -455,60 +461,47 @@ class LayerNormLSTM(LSTM):
                 nn.init.ones_(value)
 
 
-class CellBase(nn.Module):
+class CellBase:
     """One step of one layer, as torch.nn's cells. input (B, I) or (I,); hx (B, H) or (H,), for
-    LSTM a tuple (h, c), absent means zeros. Returns the new state. Raises ValueError for a wrong
-    rank and RuntimeError for sizes that do not fit."""
-
-    layer, options = None, {}  # the class whose cell this is, and further arguments to it
-    reset_parameters = RNNBase.reset_parameters
+    LSTM a tuple (h, c), absent means zeros. Returns the new state. Errors are the layers'."""
 
     def __init__(self, input_size, hidden_size, bias=True, device=None, dtype=None):
-        super().__init__()
-        self.input_size, self.hidden_size, self.bias = input_size, hidden_size, bool(bias)
-        layer = self.layer(input_size, hidden_size, bias=self.bias, device=device, dtype=dtype,
-                           **self.options)
-        self.gates, self.states, self.nonlinearity = layer.gates, layer.states, layer.nonlinearity
-        self.bias_ih = self.bias_hh = self.weight_hr = None
-        for name in layer.shapes(input_size):
-            setattr(self, name, getattr(layer, name + "_l0"))
+        super().__init__(input_size, hidden_size, bias=bool(bias), device=device, dtype=dtype)
+
+    def _suffix(self, k, d):
+        return ""
+
+    def _run(self, input, hx, keep):
+        state = () if hx is None else (hx,) if isinstance(hx, torch.Tensor) else hx
+        for value in (input, *state):
+            if value.dim() not in (1, 2):
+                raise ValueError(f"{type(self).__name__}: Expected input and hx to be 1D or 2D, "
+                                 f"got {value.dim()}D instead")
+        hx = None if hx is None else map_state(lambda s: s[None], hx)  # (1, B, H): of one layer
+        output, state, traces = super()._run(input[None], hx, keep)  # (1, B, I): one step
+        return output[0], map_state(lambda s: s[0], state), traces
 
     def forward(self, input, hx=None):
-        name, B = type(self).__name__, input.shape[:-1]  # () or (B,)
-        state = (input.new_zeros(*B, self.hidden_size),) * self.states if hx is None else hx
-        state = (state,) if isinstance(state, torch.Tensor) else tuple(state)
-        for value, width in ((input, self.input_size), *((s, self.hidden_size) for s in state)):
-            if value.dim() not in (1, 2):
-                raise ValueError(f"{name}: Expected input and hx to be 1D or 2D, "
-                                 f"got {value.dim()}D instead")
-            if value.shape != (*B, width):
-                raise RuntimeError(f"{name}: Expected input {(*B, self.input_size)} and hx "
-                                   f"{(*B, self.hidden_size)}, got {tuple(value.shape)}")
-        rows = tuple(s.reshape(-1, self.hidden_size) for s in state)  # (B, H) each
-        gx = F.linear(input.reshape(-1, self.input_size), self.weight_ih, self.bias_ih)  # (B, G*H)
-        new = tuple(self.layer.step(gx, rows, self).values())[: self.states]
-        new = tuple(s.view(*B, self.hidden_size) for s in new)
-        return new if self.states == 2 else new[0]
+        return self._run(input, hx, keep=False)[1]
 
     def extra_repr(self):
-        return (f"{self.input_size}, {self.hidden_size}" + ("" if self.bias else ", bias=False")
-                + ("" if self.nonlinearity == "tanh" else f", nonlinearity={self.nonlinearity}"))
+        relu = "" if self.nonlinearity == "tanh" else f", nonlinearity={self.nonlinearity}"
+        return super().extra_repr() + relu
 
 
-class RNNCell(CellBase):
-    layer = RNN
-
-    def __init__(self, input_size, hidden_size, bias=True, nonlinearity="tanh", *args, **kwargs):
-        self.options = {"nonlinearity": nonlinearity}
-        super().__init__(input_size, hidden_size, bias, *args, **kwargs)
-
-
-class LSTMCell(CellBase):
-    layer = LSTM
+class RNNCell(CellBase, RNN):
+    def __init__(self, input_size, hidden_size, bias=True, nonlinearity="tanh", device=None,
+                 dtype=None):
+        RNN.__init__(self, input_size, hidden_size, nonlinearity=nonlinearity, bias=bool(bias),
+                     device=device, dtype=dtype)
 
 
-class GRUCell(CellBase):
-    layer = GRU
+class LSTMCell(CellBase, LSTM):
+    pass
+
+
+class GRUCell(CellBase, GRU):
+    pass
 
 
 @torch.no_grad()
@@ -517,26 +510,22 @@ def initialize(module):
     input weights Xavier and recurrent weights orthogonal, each gate's block on its own; biases 0,
     but 1 for the forget gate, so that an LSTM begins by remembering. torch has two biases that are
     added, so only b_ih gets the 1: setting both would make it 2."""
+    fill = {"weight_ih": nn.init.xavier_uniform_, "weight_hh": nn.init.orthogonal_,
+            "weight_hr": nn.init.xavier_uniform_, "bias_ih": nn.init.zeros_,
+            "bias_hh": nn.init.zeros_, "bias_c": nn.init.zeros_}
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             nn.init.xavier_uniform_(layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
-        if not isinstance(layer, (RNNBase, CellBase)):
-            continue
-        for name, value in layer.named_parameters():
-            if name.startswith("weight_ih"):
-                for block in value.chunk(layer.gates):  # (H, I) each
-                    nn.init.xavier_uniform_(block)
-            elif name.startswith("weight_hh"):
-                for block in value.chunk(layer.gates):  # (H, H) each
-                    nn.init.orthogonal_(block)
-            elif name.startswith("weight_hr"):
-                nn.init.xavier_uniform_(value)
-            elif name.startswith("bias"):
-                nn.init.zeros_(value)
-            if name.startswith("bias_ih") and layer.states == 2:
-                nn.init.ones_(value.chunk(4)[1])  # i, f, g, o
+        elif isinstance(layer, RNNBase):
+            for name, value in layer.named_parameters():
+                name = name.split("_l")[0]
+                if name in fill:
+                    for block in value.chunk(1 if name == "weight_hr" else layer.gates):
+                        fill[name](block)  # (H, I), (H, H) or (H,), but (P, H)
+                if name == "bias_ih" and layer.states == 2:
+                    nn.init.ones_(value.chunk(4)[1])  # i, f, g, o
     return module
 
 
@@ -570,13 +559,6 @@ def embed_ids(model, ids):
     if model.embedding is None:
         return F.one_hot(ids, model.vocab_size).to(model.output.weight.dtype)
     return model.embedding(ids)
-
-
-def map_state(function, *states):
-    """Apply a function to a state, whether a tensor (RNN, GRU) or a tuple of two (LSTM)."""
-    if isinstance(states[0], torch.Tensor):
-        return function(*states)
-    return tuple(function(*parts) for parts in zip(*states))
 
 
 @contextlib.contextmanager
