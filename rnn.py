@@ -548,19 +548,6 @@ def pack(x, lengths):
     return pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
 
 
-def make_layers(cell, reads, hidden, layers, dropout, **options):
-    if cell not in CELLS:
-        raise ValueError(f"cell must be one of {', '.join(CELLS)}, got '{cell}'")
-    return CELLS[cell](reads, hidden, layers, dropout=dropout if layers > 1 else 0.0, **options)
-
-
-def embed_ids(model, ids):
-    """The vectors that stand for ids (...): of the embedding, or without one one-hot, (..., I)."""
-    if model.embedding is None:
-        return F.one_hot(ids, model.vocab_size).to(model.output.weight.dtype)
-    return model.embedding(ids)
-
-
 @contextlib.contextmanager
 def evaluating(model):
     """Dropout off and no gradients, until the end of the block, however it ends."""
@@ -573,7 +560,31 @@ def evaluating(model):
         model.train(training)
 
 
-class CharLM(nn.Module):
+class Model(nn.Module):
+    """What the models share: an embedding, or one-hot vectors, and layers that read them. config:
+    the constructor's locals(); its arguments are kept, so that `load` can make the model again."""
+
+    def __init__(self, config, padding_idx=None):
+        super().__init__()
+        self.config = {k: v for k, v in config.items() if k not in ("self", "__class__")}
+        self.vocab_size, one_hot = config["vocab_size"], config.get("one_hot")
+        self.reads = self.vocab_size if one_hot else config["embed"]  # I of the first layer
+        self.embedding = None if one_hot else nn.Embedding(self.vocab_size, self.reads, padding_idx)
+
+    def make_layers(self, hidden, **options):
+        cell, layers = self.config["cell"], self.config["layers"]
+        if cell not in CELLS:
+            raise ValueError(f"cell must be one of {', '.join(CELLS)}, got '{cell}'")
+        dropout = self.config["dropout"] if layers > 1 else 0.0  # it acts between layers
+        return CELLS[cell](self.reads, hidden, layers, dropout=dropout, **options)
+
+    def embed(self, ids):  # (...) -> (..., I)
+        if self.embedding is None:
+            return F.one_hot(ids, self.vocab_size).to(self.output.weight.dtype)
+        return self.embedding(ids)
+
+
+class CharLM(Model):
     """Language model, T symbols in, T predictions out: embedding, layers, output.
 
     cell: a name in CELLS. dropout: on the embedding (embed_dropout there, if given), between layers
@@ -584,16 +595,11 @@ class CharLM(nn.Module):
 
     def __init__(self, vocab_size, embed=64, hidden=256, layers=1, cell="lstm", dropout=0.0,
                  embed_dropout=None, tie=False, one_hot=False, variational=False):
-        super().__init__()
+        super().__init__(locals())
         if tie and (one_hot or embed != hidden):
             raise ValueError("tie=True makes the embedding the output weights: it needs embed == "
                              f"hidden and one_hot=False, got {embed=}, {hidden=}, {one_hot=}")
-        self.config = dict(vocab_size=vocab_size, embed=embed, hidden=hidden, layers=layers,
-                           cell=cell, dropout=dropout, embed_dropout=embed_dropout, tie=tie,
-                           one_hot=one_hot, variational=variational)
-        self.vocab_size = vocab_size
-        self.embedding = None if one_hot else nn.Embedding(vocab_size, embed)
-        self.rnn = make_layers(cell, vocab_size if one_hot else embed, hidden, layers, dropout)
+        self.rnn = self.make_layers(hidden)
         self.rnn.variational = variational
         self.embed_dropout = nn.Dropout(dropout if embed_dropout is None else embed_dropout)
         self.dropout = nn.Dropout(dropout)
@@ -610,8 +616,8 @@ class CharLM(nn.Module):
         """ids (B, T) -> logits (B, T, V) and the state after them, as the layer's."""
         if ids.dim() != 2:
             raise ValueError(f"CharLM: Expected ids to be 2D, (B, T), got {ids.dim()}D instead")
-        x = embed_ids(self, ids.t())  # (T, B, I): layers run with time first
-        x, state = self.rnn(self.drop(x, self.embed_dropout), state)  # (T, B, H)
+        x = self.drop(self.embed(ids.t()), self.embed_dropout)  # (T, B, I): time comes first
+        x, state = self.rnn(x, state)  # (T, B, H)
         return self.output(self.drop(x, self.dropout)).transpose(0, 1), state  # (B, T, V)
 
     def init_state(self, batch):
@@ -620,37 +626,29 @@ class CharLM(nn.Module):
         return (zeros, zeros.clone()) if self.rnn.states == 2 else zeros
 
 
-class Classifier(nn.Module):
+class Classifier(Model):
     """N -> 1: what class a sequence is of. Embedding, layers, and an output that reads the last
     valid hidden state of each direction of the last layer. Two classes have two logits, too: their
-    difference is what a single logit would be. Arguments as of CharLM; index 0 is padding.
-    Raises ValueError for values that do not fit."""
+    difference is what a single logit would be. Arguments as of CharLM; index 0 is padding."""
 
     def __init__(self, vocab_size, classes=2, embed=64, hidden=128, layers=1, cell="lstm",
                  dropout=0.0, bidirectional=False, one_hot=False):
-        super().__init__()
-        self.config = dict(vocab_size=vocab_size, classes=classes, embed=embed, hidden=hidden,
-                           layers=layers, cell=cell, dropout=dropout, bidirectional=bidirectional,
-                           one_hot=one_hot)
-        self.vocab_size = vocab_size
-        self.embedding = None if one_hot else nn.Embedding(vocab_size, embed, padding_idx=PAD)
-        self.rnn = make_layers(cell, vocab_size if one_hot else embed, hidden, layers, dropout,
-                               batch_first=True, bidirectional=bidirectional)
+        super().__init__(locals(), padding_idx=PAD)
+        self.rnn = self.make_layers(hidden, batch_first=True, bidirectional=bidirectional)
         self.drop = nn.Dropout(dropout)
         self.output = nn.Linear(hidden * self.rnn.directions, classes)
 
     def forward(self, ids, lengths=None):
         """ids (B, T), padded as by `pad`, and their lengths (B,), None for all T -> logits
         (B, classes). Padding is not read. Raises ValueError for lengths not from 1 to T."""
-        x = self.drop(embed_ids(self, ids))  # (B, T, I)
-        if lengths is not None:
-            x = pack(x, lengths)
-        _, state = self.rnn(x)
+        x = self.drop(self.embed(ids))  # (B, T, I)
+        _, state = self.rnn(x if lengths is None else pack(x, lengths))
         h = state[0] if self.rnn.states == 2 else state  # (layers * directions, B, H)
-        return self.output(self.drop(torch.cat(tuple(h[-self.rnn.directions:]), dim=-1)))
+        last = torch.cat(tuple(h[-self.rnn.directions :]), dim=-1)  # (B, directions * H)
+        return self.output(self.drop(last))
 
 
-class Seq2Seq(nn.Module):
+class Seq2Seq(Model):
     """N -> M: one sequence becomes another. An encoder reads the source in both directions; a
     decoder, which starts from the encoder's last states, predicts the target symbol by symbol. At
     each step attention (Luong et al. 2015) looks where in the source to read: q the decoder's
@@ -662,16 +660,11 @@ class Seq2Seq(nn.Module):
     Each direction of the encoder is H / 2 wide. Raises ValueError for values that do not fit."""
 
     def __init__(self, vocab_size, embed=64, hidden=128, layers=1, cell="lstm", dropout=0.0):
-        super().__init__()
+        super().__init__(locals(), padding_idx=PAD)
         if hidden % 2:
             raise ValueError(f"hidden must be even, half for each direction, got {hidden}")
-        self.config = dict(vocab_size=vocab_size, embed=embed, hidden=hidden, layers=layers,
-                           cell=cell, dropout=dropout)
-        self.vocab_size = vocab_size
-        self.embedding = nn.Embedding(vocab_size, embed, padding_idx=PAD)
-        self.encoder = make_layers(cell, embed, hidden // 2, layers, dropout, batch_first=True,
-                                   bidirectional=True)
-        self.decoder = make_layers(cell, embed, hidden, layers, dropout, batch_first=True)
+        self.encoder = self.make_layers(hidden // 2, batch_first=True, bidirectional=True)
+        self.decoder = self.make_layers(hidden, batch_first=True)
         self.drop = nn.Dropout(dropout)
         self.query = nn.Linear(hidden, hidden, bias=False)
         self.mix = nn.Linear(2 * hidden, hidden)
@@ -680,7 +673,7 @@ class Seq2Seq(nn.Module):
     def encode(self, source, lengths):
         """source (B, T), lengths (B,) -> memory (B, T, H), where it is valid (B, T), and the state
         that the decoder starts from."""
-        memory, state = self.encoder(pack(self.drop(self.embedding(source)), lengths))
+        memory, state = self.encoder(pack(self.drop(self.embed(source)), lengths))
         memory, _ = pad_packed_sequence(memory, batch_first=True, total_length=source.shape[1])
         valid = torch.arange(source.shape[1]) < torch.as_tensor(lengths).cpu()[:, None]  # (B, T)
         # Both directions of a layer side by side: (layers * 2, B, H / 2) -> (layers, B, H).
@@ -689,7 +682,7 @@ class Seq2Seq(nn.Module):
 
     def decode(self, ids, memory, valid, state):
         """The next M symbols, ids (B, M) -> logits (B, M, V), weights (B, M, T), state."""
-        q, state = self.decoder(self.drop(self.embedding(ids)), state)  # (B, M, H)
+        q, state = self.decoder(self.drop(self.embed(ids)), state)  # (B, M, H)
         scores = self.query(q) @ memory.transpose(1, 2)  # (B, M, T)
         weights = scores.masked_fill(~valid[:, None], -math.inf).softmax(dim=-1)
         h = self.mix(torch.cat((q, weights @ memory), dim=-1)).tanh()  # (B, M, H)
