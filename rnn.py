@@ -1023,12 +1023,11 @@ def load(path, device="cpu"):
 #
 # Several processes (of torchrun) train one model: each reads its share of every batch's rows, and
 # DistributedDataParallel gives all of them the mean gradient. The clock, Ctrl-C and the held-out
-# text are rank 0's business; it tells the others, so that all always take the same path. Without
-# torch.distributed there is one process, rank 0.
+# text are rank 0's business; it tells the others, so that all always take the same path.
 
 
 def processes():
-    """This process's rank, and how many processes there are."""
+    """This process's rank, and how many there are: 0 and 1 without torch.distributed."""
     together = dist.is_available() and dist.is_initialized()
     return (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
 
@@ -1071,11 +1070,12 @@ def ctrl_c_between_steps():
 
 def say(line, passing=False):
     """Print a line, on rank 0. On a terminal the next one takes the place of a passing one."""
-    if sys.stdout.isatty():
+    terminal = sys.stdout.isatty()
+    if terminal:
         width = shutil.get_terminal_size().columns - 1
         line = f"{line:<{width}}"[:width]
     if processes()[0] == 0:
-        print(line, end="\r" if passing and sys.stdout.isatty() else "\n", flush=True)
+        print(line, end="\r" if passing and terminal else "\n", flush=True)
 
 
 def measures(loss):
@@ -1083,17 +1083,8 @@ def measures(loss):
     return f"loss {loss:.4f} ppl {math.exp(min(loss, 99)):.2f} bpc {loss / math.log(2):.3f}"
 
 
-def random_state(new=None):
-    """The state of torch's random numbers on all devices; with `new`, set to it."""
-    if new is not None:
-        torch.set_rng_state(new["cpu"])
-        torch.cuda.set_rng_state_all(new["cuda"][: torch.cuda.device_count()])
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
-
-
 class Run:
-    """A run of training between two steps: what has been reached, and checkpoints of it."""
+    """A run of training between two steps: what it has reached, and checkpoints of it."""
 
     NUMBERS = ("step", "seconds", "halvings", "best", "stale", "history")
 
@@ -1104,13 +1095,11 @@ class Run:
         self.step, self.seconds, self.history = 0, 0.0, []
         self.best, self.best_weights = math.inf, None  # the lowest held-out loss
         self.stale = self.halvings = 0  # evaluations since then; how often they halved the rate
-        self.window = []  # (loss, gradient norm) of every step since the last report
-        self.since, self.busy = time.perf_counter(), 0.0  # that report; seconds spent on steps
 
     def keep(self, name):
         """Write a checkpoint with the rows of all processes, so that any number can go on."""
-        state = map_state(torch.Tensor.cpu, self.state)
-        states, randoms = zip(*from_all((state, random_state())))
+        random = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+        states, randoms = zip(*from_all((map_state(torch.Tensor.cpu, self.state), random)))
         if processes()[0] == 0:
             save(os.path.join(self.out, name), self.model, self.vocab, options=self.options,
                  run={name: getattr(self, name) for name in self.NUMBERS}, best=self.best_weights,
@@ -1124,38 +1113,34 @@ class Run:
                  for name, old in kept["options"].items() if self.options[name] != old]
         if wrong:
             raise ValueError("a run cannot be resumed with other values: " + ", ".join(wrong))
-        rank, count = processes()
         for name in self.NUMBERS:
             setattr(self, name, copy.deepcopy(kept["run"][name]))
         self.best_weights, device = kept["best"], self.batches.ids.device
+        rank, count = processes()
         self.state = map_state(lambda s: s.chunk(count, dim=1)[rank].to(device), kept["state"])
         self.optimizer.load_state_dict(kept["optimizer"])
         self.batches.load_state_dict(kept["batches"])
         randoms = kept["random"] if isinstance(kept["random"], list) else [kept["random"]]
         if rank < len(randoms):  # a process more than there were begins with its own seed
-            random_state(randoms[rank])
+            torch.set_rng_state(randoms[rank]["cpu"])
+            torch.cuda.set_rng_state_all(randoms[rank]["cuda"][: torch.cuda.device_count()])
 
-    def report(self, left):
-        """Print one line on the steps since the last one. Returns their mean loss; raises
-        FloatingPointError if it or a gradient norm is not finite."""
-        losses, norms = torch.stack(self.window).cpu().unbind(1)  # (steps,) each
+    def report(self, window, took, left):
+        """Print one line on the last steps, window: a list of (loss, gradient norm). Returns the
+        mean loss; raises FloatingPointError if it or a norm is not finite."""
+        losses, norms = torch.stack(window).cpu().unbind(1)  # (steps,) each
         losses = from_all(float(losses.mean()))  # of each process's rows
-        loss, norm, took = sum(losses) / len(losses), float(norms.max()), self.quiet()
+        loss, norm = sum(losses) / len(losses), float(norms.max())
         if not math.isfinite(loss + norm):
             raise FloatingPointError(
                 f"training stopped at step {self.step}: loss {loss}, gradient norm {norm}. A "
                 "smaller lr or clip may help; the last checkpoint remains")
         note = " gradient explodes" if norm > 1e3 else ""
         note = " gradient vanishes" if float(norms.min()) < 1e-6 else note
-        symbols = len(self.window) * self.options["batch"] * self.options["context"]
+        speed = len(window) * self.options["batch"] * self.options["context"] / took
         say(f"step {self.step:,} ({max(left, 0):.0f} s left) {measures(loss)} grad {norm:.2g} "
-            f"{symbols / took:,.0f} chars/s{note}", passing=True)
-        self.window, self.busy = [], self.busy + took
+            f"{speed:,.0f} chars/s{note}", passing=True)
         return loss
-
-    def quiet(self):
-        """Seconds since the last report."""
-        return time.perf_counter() - self.since
 
     def measure(self, val_ids, loss):
         """Evaluate, and keep the model if it is the best so far."""
@@ -1164,10 +1149,10 @@ class Run:
         if not math.isfinite(value):
             raise FloatingPointError(f"training stopped at step {self.step}: held-out loss "
                                      f"{value}; the last checkpoint remains")
+        say(f"step {self.step:,} held-out {measures(value)}")
         self.history.append((self.step, loss, value))
         self.stale = 0 if value < self.best else self.stale + 1
         self.halvings += self.stale > 0 and self.stale % 2 == 0
-        say(f"step {self.step:,} held-out {measures(value)}")
         if value < self.best:
             self.best, self.best_weights = value, copy.deepcopy(self.model.state_dict())
             self.keep("best.pt")
@@ -1188,13 +1173,6 @@ def backpropagate(model, x, y, state, accumulate, autocast):
         loss += part.detach()
         ends.append(map_state(torch.Tensor.detach, end))
     return loss, map_state(lambda *s: torch.cat(s, dim=1), *ends)
-
-
-def learning_rate(step, done, warmup, schedule, halvings):
-    """As a part of the highest; done: the part of the run that is over."""
-    fall = 0.03 + 0.97 * (1 + math.cos(math.pi * done)) / 2
-    fall = fall if schedule == "cosine" else 0.5**halvings
-    return fall * min(1.0, (step + 1) / max(warmup, 1))
 
 
 def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, batch=32,
@@ -1227,27 +1205,30 @@ def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, ba
     options = {"batch": batch, "context": context, "order": order, "lr": lr, "warmup": warmup,
                "schedule": schedule, "weight_decay": weight_decay, "clip": clip, "seed": seed,
                "accumulate": accumulate, "dtype": str(dtype), "symbols": len(train_ids)}
-    if (steps is None) == (seconds is None) or not (steps or seconds or 0) > 0:
-        raise ValueError(f"give either steps or seconds, above 0; got {steps=}, {seconds=}")
-    if schedule not in ("cosine", "plateau"):
-        raise ValueError(f"schedule must be 'cosine' or 'plateau', got '{schedule}'")
-    if dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype}")
-    at_least_1 = (accumulate, evals, 1 if patience is None else patience)
-    if min(at_least_1) < 1 or warmup < 0 or not clip > 0:
-        raise ValueError("accumulate, evals, patience must be at least 1, warmup at least 0, clip "
-                         f"above 0; got {accumulate=} {evals=} {patience=} {warmup=} {clip=}")
-    if batch % count:
-        raise ValueError(f"batch must be a multiple of the {count} processes, got {batch}")
-    if len(vocab) < 2 or len(val_ids) < 2 or len(vocab) != model.vocab_size:
-        raise ValueError("training needs two different symbols, a model for just as many, and two "
-                         "symbols to evaluate on; "
-                         f"got {len(vocab)}, {model.vocab_size} and {len(val_ids)}")
+    at_least_1 = min(accumulate, evals, 1 if patience is None else patience)
+    for fine, message in (
+        ((steps is None) != (seconds is None) and (steps or seconds or 0) > 0,
+         f"give either steps or seconds, above 0; got {steps=}, {seconds=}"),
+        (schedule in ("cosine", "plateau"),
+         f"schedule must be 'cosine' or 'plateau', got '{schedule}'"),
+        (dtype in (torch.float32, torch.bfloat16),
+         f"dtype must be torch.float32 or torch.bfloat16, got {dtype}"),
+        (at_least_1 >= 1 and warmup >= 0 and clip > 0,
+         "accumulate, evals, patience must be at least 1, warmup at least 0, clip above 0; got "
+         f"{accumulate=} {evals=} {patience=} {warmup=} {clip=}"),
+        (batch % count == 0, f"batch must be a multiple of the {count} processes, got {batch}"),
+        (2 <= len(vocab) == model.vocab_size and len(val_ids) >= 2,
+         "training needs two different symbols, a model for just as many, and two symbols to "
+         f"evaluate on; got {len(vocab)}, {model.vocab_size} and {len(val_ids)}"),
+    ):
+        if not fine:
+            raise ValueError(message)
+
     batches = Batches(train_ids, batch, context, order, seed)  # the same on every rank
+    torch.manual_seed(seed + rank)  # but each drops units of its own
     wide, flat = ([p for p in model.parameters() if (p.dim() > 1) == yes] for yes in (True, False))
     optimizer = torch.optim.AdamW([{"params": wide}, {"params": flat, "weight_decay": 0.0}], lr,
                                   betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
-    torch.manual_seed(seed + rank)  # each rank drops other units
     run = Run(model, vocab, batches, optimizer, out, options, notes)
     if resume:
         run.resume(resume)
@@ -1259,13 +1240,17 @@ def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, ba
     model.train()
     replica = nn.parallel.DistributedDataParallel(model) if count > 1 else model
     autocast = torch.autocast(train_ids.device.type, dtype, enabled=dtype != torch.float32)
-    pause = 1 if sys.stdout.isatty() else 10  # seconds between two progress lines
-    began, first_step, run.since = time.perf_counter() - run.seconds, run.step, time.perf_counter()
-    done, ending = run.step / steps if steps else run.seconds / seconds, False
+    (pause,) = rank_0_says(1 if sys.stdout.isatty() else 10)  # seconds between progress lines
+    began, first_step = time.perf_counter() - run.seconds, run.step
+    window, since, busy = [], time.perf_counter(), 0.0  # of the steps since the last report
+
     with ctrl_c_between_steps() as pressed:
+        done, ending = run.step / steps if steps else run.seconds / seconds, False
         while done < 1 and not ending and run.stale != patience:
+            fall = 0.03 + 0.97 * (1 + math.cos(math.pi * done)) / 2
+            fall = fall if schedule == "cosine" else 0.5**run.halvings
             for group in optimizer.param_groups:
-                group["lr"] = lr * learning_rate(run.step, done, warmup, schedule, run.halvings)
+                group["lr"] = lr * min(1.0, (run.step + 1) / max(warmup, 1)) * fall
             x, y = (part.chunk(count)[rank] for part in batches.next())  # (B / count, T) each
             if not batches.carries_state:
                 run.state = model.init_state(len(x))
@@ -1273,23 +1258,24 @@ def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, ba
             loss, run.state = backpropagate(replica, x, y, run.state, accumulate, autocast)
             norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
             optimizer.step()
-            run.window.append(torch.stack((loss, norm)))  # read later: do not wait for a GPU here
+            window.append(torch.stack((loss, norm)))  # read later: do not wait for a GPU here
             run.step += 1
-            run.seconds, ending, late = rank_0_says(time.perf_counter() - began, bool(pressed),
-                                                    run.quiet() > pause)
+            now = time.perf_counter()
+            run.seconds, took, ending = rank_0_says(now - began, now - since, bool(pressed))
             past, done = done, run.step / steps if steps else run.seconds / seconds
             due = int(done * evals + 1e-9) > int(past * evals + 1e-9)
-            if due or ending or late:
-                mean = run.report(left=run.seconds * (1 / done - 1))
+            if due or ending or took > pause:
+                mean = run.report(window, took, left=run.seconds * (1 / done - 1))
                 if ending:
                     run.keep("last.pt")  # before an evaluation that uninterrupted runs do not make
                 if due or ending:
                     run.measure(val_ids, mean)
                 if due:
                     run.keep("last.pt")
-                run.since = time.perf_counter()
+                window, since, busy = [], time.perf_counter(), busy + took
+
     if run.best_weights:
         model.load_state_dict(run.best_weights)
     return {"val_loss": run.best, "step": run.step, "seconds": run.seconds,
-            "chars_per_s": (run.step - first_step) * batch * context / max(run.busy, 1e-9),
+            "chars_per_s": (run.step - first_step) * batch * context / max(busy, 1e-9),
             "history": run.history}
