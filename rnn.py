@@ -155,15 +155,12 @@ def scan(step, gx, sizes, state, p, reverse=False, keep=False):
     rows = gx.split(sizes)  # T x (B_t, G*H)
     kept = [None] * len(rows)
     for t in reversed(range(len(rows))) if reverse else range(len(rows)):
-        n = sizes[t]
-        if n == len(state[0]):
-            new = step(rows[t], state, p)
-            state = tuple(new.values())[: len(state)]
-        else:
-            # Only the first n sequences have a step t. The others keep their state: their last
-            # one if they have ended, their first one if (in reverse) they are still to begin.
-            new = step(rows[t], tuple(s[:n] for s in state), p)
-            state = tuple(torch.cat((new[name], s[n:])) for name, s in zip(new, state))
+        # Only the first n sequences have a step t. The others keep their state: their last one if
+        # they have ended, their first one if (in reverse) they are still to begin.
+        n, B = sizes[t], len(state[0])
+        new = step(rows[t], state if n == B else tuple(s[:n] for s in state), p)
+        state = tuple(new[name] if n == B else torch.cat((new[name], s[n:]))
+                      for name, s in zip(new, state))
         kept[t] = new if keep else {"h": new["h"]}
     return {name: torch.cat([new[name] for new in kept]) for name in kept[0]}, state
 
@@ -728,12 +725,6 @@ class Seq2Seq(Model):
         return ids[::beam, 1:], total[:, 0], weights[::beam]
 
 
-def same_state(a, b):
-    """Whether two states are equal, to a hundred thousandth of their largest number."""
-    pairs = [(a, b)] if isinstance(a, torch.Tensor) else zip(a, b)
-    return all((s - t).abs().max() <= 1e-5 * t.abs().max() for s, t in pairs)
-
-
 # ----------------------------------------------------------------------------------------------
 # Text: symbols, and batches of them
 
@@ -759,8 +750,7 @@ class Vocab:
             raise ValueError("cannot make a vocabulary of an empty text")
         if isinstance(specials, str):
             raise TypeError(f"specials should be a list of symbols, got the str {specials!r}")
-        counts = Counter(cls._split(text, words))
-        specials = list(specials)
+        counts, specials = Counter(cls._split(text, words)), list(specials)
         if max_size is not None and max_size < len(counts) + len(specials):
             specials += [] if "<unk>" in specials else ["<unk>"]
             if max_size <= len(specials):
@@ -779,13 +769,11 @@ class Vocab:
 
     def encode(self, text):
         """str -> LongTensor (N,)."""
-        symbols = self._split(text, self.words)
-        unknown = self.index.get("<unk>")
-        if unknown is None:
-            missing = sorted(set(symbols) - self.index.keys())
-            if missing:
-                shown = ", ".join(map(repr, missing[:10])) + (", ..." if len(missing) > 10 else "")
-                raise ValueError(f"{len(missing)} symbols are not in the vocabulary: {shown}")
+        symbols, unknown = self._split(text, self.words), self.index.get("<unk>")
+        missing = sorted(set(symbols) - self.index.keys()) if unknown is None else []
+        if missing:
+            shown = ", ".join(map(repr, missing[:10])) + (", ..." if len(missing) > 10 else "")
+            raise ValueError(f"{len(missing)} symbols are not in the vocabulary: {shown}")
         return torch.tensor([self.index.get(s, unknown) for s in symbols], dtype=torch.long)
 
     def decode(self, ids):
@@ -864,6 +852,12 @@ def accuracy(logits, targets):
     return (logits.argmax(dim=-1) == targets).double().mean().item()
 
 
+def same_state(a, b):
+    """Whether two states are equal, to a hundred thousandth of their largest number."""
+    pairs = [(a, b)] if isinstance(a, torch.Tensor) else zip(a, b)
+    return all((s - t).abs().max() <= 1e-5 * t.abs().max() for s, t in pairs)
+
+
 def evaluate(model, ids, batch=64, context=256):
     """The exact loss on a text, ids (L,), in nats per symbol: the state is carried from the first
     symbol to the last, and all L - 1 predictions count alike. Raises ValueError if L < 2.
@@ -880,32 +874,24 @@ def evaluate(model, ids, batch=64, context=256):
     batch = min(batch, predictions)
     length = predictions // batch
     x, y = (ids[k : k + batch * length].view(batch, length) for k in (0, 1))  # (B, length)
-    losses, ends = {}, {}  # for every chunk of `context` columns: its loss, the state after it
-
-    def read_on(state):
-        """One pass over all chunks; True, and no further, once a state is as in the last pass."""
-        for t in range(0, length, context):
-            logits, state = model(x[:, t : t + context], state)
-            losses[t] = cross_entropy(logits, y[:, t : t + context], reduction="sum").double()
-            known = t in ends and same_state(state, ends[t])
-            ends[t] = state
-            if known:
-                return True
-        return False
-
+    chunks = range(0, length, context)  # each begins at this column
+    losses, ends = {}, {}  # of every chunk: its loss, the state after it
     with evaluating(model):
         state = zeros = model.init_state(batch)
-        for _ in range(batch):  # at most
-            if read_on(state):
+        for k in range(batch * len(chunks)):  # at most
+            t = chunks[k % len(chunks)]
+            if t == 0 and k > 0:  # next pass: piece b + 1 starts where b has ended, 0 from zeros
+                state = map_state(lambda z, s: torch.cat((z[:, :1], s[:, :-1]), 1), zeros, state)
+            logits, state = model(x[:, t : t + context], state)
+            losses[t] = cross_entropy(logits, y[:, t : t + context], reduction="sum").double()
+            if t in ends and same_state(state, ends[t]):
                 break
-            # Piece b + 1 starts where piece b has ended; the first one from zeros.
-            end = ends[max(ends)]
-            state = map_state(lambda s, z: torch.cat((z[:, :1], s[:, :-1]), dim=1), end, zeros)
+            ends[t] = state
         total = sum(losses.values())
-        if batch * length < predictions:  # the rest, fewer than `batch` symbols
-            state = map_state(lambda s: s[:, -1:].contiguous(), ends[max(ends)])
-            logits, _ = model(ids[None, batch * length : -1], state)
-            total += cross_entropy(logits, ids[None, batch * length + 1 :], reduction="sum")
+        rest = ids[None, batch * length :]  # (1, fewer than `batch` symbols to predict, and one)
+        if rest.shape[1] > 1:
+            state = map_state(lambda s: s[:, -1:].contiguous(), ends[chunks[-1]])
+            total += cross_entropy(model(rest[:, :-1], state)[0], rest[:, 1:], reduction="sum")
     return float(total) / predictions
 
 
