@@ -205,14 +205,15 @@ class RNNBase(nn.Module):
             if not isinstance(value, kind):
                 raise TypeError(f"{name} should be of type {kind.__name__}, "
                                 f"got: {type(value).__name__}")
-        p, most = self.dropout, self.hidden_size - 1 if self.gates == 4 else 0
+        p, size = self.dropout, self.proj_size
         number = isinstance(p, (int, float)) and not isinstance(p, bool)
+        projects = 0 < size < self.hidden_size and self.gates == 4
         for name, fine, wanted in (
             ("input_size", self.input_size > 0, "must be greater than zero"),
             ("hidden_size", self.hidden_size > 0, "must be greater than zero"),
             ("num_layers", self.num_layers > 0, "must be greater than zero"),
             ("dropout", number and 0 <= p <= 1, "should be a number in range [0, 1]"),
-            ("proj_size", 0 <= self.proj_size <= most, "must be 0 or, of an LSTM, < hidden_size"),
+            ("proj_size", size == 0 or projects, "must be 0, or in an LSTM below hidden_size"),
         ):
             if not fine:
                 raise ValueError(f"{name} {wanted}, got {getattr(self, name)}")
@@ -459,8 +460,9 @@ class LayerNormLSTM(LSTM):
 
 
 class CellBase:
-    """One step of one layer, as torch.nn's cells. input (B, I) or (I,); hx (B, H) or (H,), for
-    LSTM a tuple (h, c), absent means zeros. Returns the new state. Errors are the layers'."""
+    """What makes a cell of torch.nn's kind of a layer: it runs for one step, and its parameters'
+    names have no suffix. input (B, I) or (I,); hx (B, H) or (H,), for LSTM a tuple (h, c), absent
+    means zeros. Returns the new state. Errors are the layers'."""
 
     def __init__(self, input_size, hidden_size, bias=True, device=None, dtype=None):
         super().__init__(input_size, hidden_size, bias=bool(bias), device=device, dtype=dtype)
@@ -1087,6 +1089,7 @@ class Run:
         random = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
         states, randoms = zip(*from_all((map_state(torch.Tensor.cpu, self.state), random)))
         if processes()[0] == 0:
+            os.makedirs(self.out, exist_ok=True)
             save(os.path.join(self.out, name), self.model, self.vocab, options=self.options,
                  run={name: getattr(self, name) for name in self.NUMBERS}, best=self.best_weights,
                  notes=self.notes, state=map_state(lambda *s: torch.cat(s, dim=1), *states),
@@ -1142,6 +1145,14 @@ class Run:
         if value < self.best:
             self.best, self.best_weights = value, copy.deepcopy(self.model.state_dict())
             self.keep("best.pt")
+
+
+def make_optimizer(model, lr, weight_decay):
+    """AdamW; the weights decay, biases and gains do not."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr, (0.9, 0.99), weight_decay=weight_decay, fused=True)
 
 
 def backpropagate(model, x, y, state, accumulate, autocast):
@@ -1212,14 +1223,10 @@ def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, ba
 
     batches = Batches(train_ids, batch, context, order, seed)  # the same on every rank
     torch.manual_seed(seed + rank)  # but each drops units of its own
-    wide, flat = ([p for p in model.parameters() if (p.dim() > 1) == yes] for yes in (True, False))
-    optimizer = torch.optim.AdamW([{"params": wide}, {"params": flat, "weight_decay": 0.0}], lr,
-                                  betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
+    optimizer = make_optimizer(model, lr, weight_decay)
     run = Run(model, vocab, batches, optimizer, out, options, notes)
     if resume:
         run.resume(resume)
-    if rank == 0:
-        os.makedirs(out, exist_ok=True)
     run.keep("last.pt")  # at once, and read back: what cannot be kept must show before any work
     if rank == 0:
         load(os.path.join(out, "last.pt"))
@@ -1233,8 +1240,8 @@ def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, ba
     with ctrl_c_between_steps() as pressed:
         done, ending = run.step / steps if steps else run.seconds / seconds, False
         while done < 1 and not ending and run.stale != patience:
-            fall = 0.03 + 0.97 * (1 + math.cos(math.pi * done)) / 2
-            fall = fall if schedule == "cosine" else 0.5**run.halvings
+            cosine = 0.03 + 0.97 * (1 + math.cos(math.pi * done)) / 2
+            fall = cosine if schedule == "cosine" else 0.5**run.halvings
             for group in optimizer.param_groups:
                 group["lr"] = lr * min(1.0, (run.step + 1) / max(warmup, 1)) * fall
             x, y = (part.chunk(count)[rank] for part in batches.next())  # (B / count, T) each
