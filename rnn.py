@@ -943,16 +943,19 @@ def generate(model, vocab, prompt="", length=500, temperature=1.0, top_k=None, s
             stream.write(prompt)
         for _ in range(length):
             scores = logits[0, -1].double().cpu()  # (V,)
-            k = min(top_k or len(scores), len(scores))
-            scores, symbols = scores.topk(1 if temperature == 0 else k)  # (k,) each, falling
-            if len(scores) > 1:
-                chances = ((scores - scores[0]) / temperature).softmax(-1)
-                symbols = symbols[torch.multinomial(chances, 1, generator=random)]
-            pieces.append(vocab.symbols[symbols[0]])
+            if top_k and top_k < len(scores):
+                least = scores.topk(top_k).values[-1]
+                scores = scores.masked_fill(scores < least, -math.inf)
+            if temperature == 0:
+                symbol = scores.argmax(keepdim=True)  # (1,)
+            else:
+                chances = ((scores - scores.max()) / temperature).softmax(-1)
+                symbol = torch.multinomial(chances, 1, generator=random)
+            pieces.append(vocab.symbols[symbol])
             if stream:
                 stream.write(pieces[-1])
                 stream.flush()
-            logits, state = model(symbols[None, :1].to(device), state)  # (1, 1, V)
+            logits, state = model(symbol[None].to(device), state)  # (1, 1, V)
     return "".join(pieces)
 
 
