@@ -127,7 +127,7 @@ template <typename T> struct Backward {
   const int64_t* first;  // (B): the row in which each sequence begins
   int64_t B, H, R;
   bool amx;
-  std::atomic<bool>* nan;
+  std::atomic<bool>* nan;  // becomes true if a gate's gradient is NaN or infinite
 };
 
 // In an operand gate gradients stand in the order [unit / 16][gate][16]: all of 16 units together.
@@ -183,7 +183,7 @@ void backward(const Backward<T>& a, const std::vector<Step>& steps, const Share&
         put(a.dc_now + b * H + u, dc * f, n);
         const Floats da[4] = {dc * g * i * (1 - i), dc * c * f * (1 - f), dc * i * (1 - g * g),
                               dh * tanh_c * o * (1 - o)};
-        nan |= is_nan(da[0] + da[1] + da[2] + da[3]);
+        nan |= is_nan((da[0] + da[1] + da[2] + da[3]) * 0);  // infinity too: dh0 is next
         for (int64_t gate = 0; gate < 4; ++gate) {
           put_row<P>(at_row<P>(a.rows[(t + 1) % 2], b / R, b % R, place(u, gate), K), da[gate]);
           put(a.da + (row * 4 + gate) * H + u, da[gate], n);
