@@ -42,6 +42,7 @@ import sys
 import threading
 import time
 import warnings
+import zipfile
 from collections import Counter
 
 import torch
@@ -1007,19 +1008,28 @@ def save(path, model, vocab, **training):
 
 def load(path, device="cpu"):
     """Read a checkpoint, onto any device: model, vocabulary, and the dict of training's values.
-    Nothing in the file is run. Raises FileNotFoundError, or ValueError if it is damaged or not
-    a checkpoint of this library."""
+    Nothing in the file is run. Raises FileNotFoundError, or ValueError if it is damaged, be it by
+    a single bit, or not a checkpoint of this library."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            wrong = zipfile.ZipFile(file).testzip()  # checksums: torch.load does not compare them
+            if wrong:
+                raise ValueError(f"the checksum of its part {wrong} does not fit")
+            file.seek(0)
+            content = torch.load(file, map_location="cpu", weights_only=True)
         if content["format"] != "rnn.py 1":
             raise ValueError(f"its format is {content['format']!r}, expected 'rnn.py 1'")
+        kind, config, weights = MODELS[content["kind"]], content["config"], content["weights"]
+        if config.get("layers", 1) > len(weights):
+            raise ValueError(f"weights of {len(weights)} tensors for {config['layers']} layers")
+        with torch.device("meta"):  # whatever the sizes, this takes no memory: they must fit first
+            kind(**config).load_state_dict(weights, assign=True)
         with torch.random.fork_rng(devices=[]):  # initial values are drawn, but not wanted
-            model = MODELS[content["kind"]](**content["config"])
-        model.load_state_dict(content["weights"])
-        vocab = Vocab(content["symbols"], content["words"])
-        if len(vocab) != model.vocab_size:
-            raise ValueError(f"{len(vocab)} symbols for a model of {model.vocab_size}")
-        training = content["training"]
+            model = kind(**config)
+        model.load_state_dict(weights)
+        vocab, training = Vocab(content["symbols"], content["words"]), content["training"]
+        if len(vocab) != model.vocab_size or not all(isinstance(s, str) for s in vocab.symbols):
+            raise ValueError(f"{len(vocab)} symbols, expected {model.vocab_size}, of type str")
     except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
     except Exception as error:  # torch.load raises many kinds for damaged files
@@ -1107,6 +1117,26 @@ def backpropagate(model, x, y, state, accumulate, autocast):
     return loss, map_state(lambda *s: torch.cat(s, dim=1), *ends)
 
 
+def check_stored(name, stored, like):
+    """Raises ValueError unless a stored value is made as `like` is: the same types, keys and
+    shapes, all the way down. None stands for anything; {} and [] for any dict and list."""
+    number = isinstance(like, (int, float))
+    fits = like is None or isinstance(stored, (int, float) if number else type(like))
+    if fits and isinstance(like, torch.Tensor):
+        fits = stored.shape == like.shape and stored.is_floating_point() == like.is_floating_point()
+    if fits and isinstance(like, dict) and like:
+        fits = stored.keys() == like.keys()
+    if fits and isinstance(like, tuple):
+        fits = len(stored) == len(like)
+    if not fits:
+        found, expected = (tuple(v.shape) if isinstance(v, torch.Tensor) else v
+                           for v in (stored, like))
+        raise ValueError(f"cannot resume: the checkpoint's {name} is {found!r:.200}, expected "
+                         f"something like {expected!r:.200}")
+    for key in like if isinstance(like, dict) else range(len(like)) if type(like) is tuple else ():
+        check_stored(f"{name}[{key!r}]", stored[key], like[key])
+
+
 def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, batch=32,
           context=64, order="sequential", lr=4e-3, warmup=20, schedule="cosine",
           weight_decay=0.01, clip=1.0, accumulate=1, dtype=torch.float32, seed=0, evals=10,
@@ -1155,25 +1185,39 @@ def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, ba
                                   betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
     run = {"step": 0, "seconds": 0.0, "halvings": 0, "best": math.inf, "stale": 0, "history": []}
     best = None  # the weights that reached run["best"]
-    if resume:
+
+    def content():  # all that is needed to go on from this moment
+        return dict(options=options, run=run, best=best, notes=notes, state=state,
+                    optimizer=optimizer.state_dict(), batches=batches.state_dict(),
+                    random=random_state())
+
+    if resume is not None:
+        # What is missing or damaged must show now, not after hours of work.
+        check_stored("training part", resume, {**dict.fromkeys(content()), "options": options})
         wrong = [f"{name}={options[name]} (it was {old})" for name, old in resume["options"].items()
                  if options[name] != old]
         if wrong:
             raise ValueError("a run cannot be resumed with other values: " + ", ".join(wrong))
+        check_stored("training part", resume, {**content(), "notes": None})
+        if resume["best"] is not None:
+            check_stored("best", resume["best"], model.state_dict())
+        if resume["run"]["step"] > 0:
+            check_stored("optimizer", resume["optimizer"]["state"], {
+                k: {"step": torch.tensor(0.0), "exp_avg": p.detach(), "exp_avg_sq": p.detach()}
+                for k, p in enumerate(wide + flat)})
         run, best = copy.deepcopy(resume["run"]), resume["best"]
         state = map_state(lambda s: s.to(train_ids.device), resume["state"])
         optimizer.load_state_dict(resume["optimizer"])
         batches.load_state_dict(resume["batches"])
         random_state(resume["random"])
 
-    def keep(name):  # all as it is at this moment
-        save(os.path.join(out, name), model, vocab, options=options, run=run, best=best,
-             notes=notes, state=state, optimizer=optimizer.state_dict(),
-             batches=batches.state_dict(), random=random_state())
+    def keep(name):
+        save(os.path.join(out, name), model, vocab, **content())
 
     def measure(loss):
         nonlocal best
-        value = evaluate(model, val_ids)
+        context = 2**28 // (64 * len(vocab))  # 1 GiB of logits at most
+        value = evaluate(model, val_ids, context=min(256, max(1, context)))
         if not math.isfinite(value):
             raise FloatingPointError(f"training stopped at step {run['step']}: held-out loss "
                                      f"{value}; the last checkpoint remains")
@@ -1186,6 +1230,9 @@ def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, ba
             keep("best.pt")
 
     os.makedirs(out, exist_ok=True)
+    for name in os.listdir(out):  # half-written files of runs that were killed
+        if re.fullmatch(r"(best|last)\.pt\.\d+\.partial", name):
+            os.unlink(os.path.join(out, name))
     keep("last.pt")  # at once, and read back: what cannot be kept must show before any work is done
     load(os.path.join(out, "last.pt"))
     autocast = torch.autocast(train_ids.device.type, dtype, enabled=dtype != torch.float32)
