@@ -112,7 +112,11 @@ def _register_shapes():
                w_hh=(w_hh, (4 * H, H)))
         return dh.new_empty(N, 4 * H), dh.new_empty(B, H), dh.new_empty(B, H)
 
-    torch.library.register_fake("rnn::mm", torch.mm)
+    @torch.library.register_fake("rnn::mm")
+    def _(a, b):
+        if a.dtype != b.dtype:  # which torch.mm itself checks when it runs, not when traced
+            raise RuntimeError(f"mm: expected two tensors of one type, got {a.dtype}, {b.dtype}")
+        return torch.mm(a, b)
 
 
 def type_of(x):
