@@ -77,13 +77,17 @@ def compile_and_load():
     _register_shapes()
 
 
+def _kind(t):
+    return t.dtype, t.device, t.layout
+
+
 def _check(like, sizes, N, **tensors):
     """As the checks of lstm.h: what cannot run must not be traced either. Each of the tensors, by
     name, comes with the shape that it must have."""
     for name, (t, shape) in tensors.items():
-        if t.shape != shape or t.dtype != like.dtype or t.device != like.device:
-            raise RuntimeError(f"lstm: {name} must be {shape}, {like.dtype} on {like.device}, "
-                               f"got {tuple(t.shape)}, {t.dtype} on {t.device}")
+        if t.shape != shape or _kind(t) != (like.dtype, like.device, torch.strided):
+            raise RuntimeError(f"lstm: {name} must be {shape}, dense, {like.dtype} on "
+                               f"{like.device}, got {tuple(t.shape)}, {_kind(t)}")
     B = len(tensors["c0"][0])
     falling = all(0 <= n <= before for before, n in zip([B, *sizes], sizes))
     if not falling or sum(sizes) != N or sizes[:1] != [B][: len(sizes)]:
@@ -114,8 +118,9 @@ def _register_shapes():
 
     @torch.library.register_fake("rnn::mm")
     def _(a, b):
-        if a.dtype != b.dtype:  # which torch.mm itself checks when it runs, not when traced
-            raise RuntimeError(f"mm: expected two tensors of one type, got {a.dtype}, {b.dtype}")
+        if _kind(a) != _kind(b) or a.layout != torch.strided:  # torch.mm would see it too late
+            raise RuntimeError(f"mm: expected dense tensors of one type on one device, got "
+                               f"{_kind(a)} and {_kind(b)}")
         return torch.mm(a, b)
 
 
