@@ -510,21 +510,22 @@ def initialize(module):
     input weights Xavier and recurrent weights orthogonal, each gate's block on its own; biases 0,
     but 1 for the forget gate, so that an LSTM begins by remembering. torch has two biases that are
     added, so only b_ih gets the 1: setting both would make it 2."""
-    fill = {"weight_ih": nn.init.xavier_uniform_, "weight_hh": nn.init.orthogonal_,
-            "weight_hr": nn.init.xavier_uniform_, "bias_ih": nn.init.zeros_,
-            "bias_hh": nn.init.zeros_, "bias_c": nn.init.zeros_}
+    per_gate = {"weight_ih": nn.init.xavier_uniform_, "weight_hh": nn.init.orthogonal_}
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             nn.init.xavier_uniform_(layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
-        elif isinstance(layer, RNNBase):
-            for name, value in layer.named_parameters():
-                name = name.split("_l")[0]
-                if name in fill:
-                    for block in value.chunk(1 if name == "weight_hr" else layer.gates):
-                        fill[name](block)  # (H, I), (H, H) or (H,), but (P, H)
-                if name == "bias_ih" and layer.states == 2:
+        for name, value in layer.named_parameters() if isinstance(layer, RNNBase) else ():
+            fill = per_gate.get(name[: len("weight_ih")])
+            if fill:
+                for block in value.chunk(layer.gates):  # (H, I) or (H, H) each
+                    fill(block)
+            elif name.startswith("weight_hr"):
+                nn.init.xavier_uniform_(value)
+            elif name.startswith("bias"):
+                nn.init.zeros_(value)
+                if name.startswith("bias_ih") and layer.states == 2:
                     nn.init.ones_(value.chunk(4)[1])  # i, f, g, o
     return module
 
