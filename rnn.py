@@ -1252,6 +1252,7 @@ def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, ba
     options = {"batch": batch, "context": context, "order": order, "lr": lr, "warmup": warmup,
                "schedule": schedule, "weight_decay": weight_decay, "clip": clip, "seed": seed,
                "accumulate": accumulate, "dtype": str(dtype), "symbols": len(train_ids)}
+    batches = Batches(train_ids, batch, context, order, seed)  # the same on every rank
     at_least_1 = min(accumulate, evals, 1 if patience is None else patience)
     for fine, message in (
         ((steps is None) != (seconds is None) and (steps or seconds or 0) > 0,
@@ -1271,8 +1272,7 @@ def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, ba
         if not fine:
             raise ValueError(message)
 
-    batches = Batches(train_ids, batch, context, order, seed)  # the same on every rank
-    torch.manual_seed(seed + rank)  # but each drops units of its own
+    torch.manual_seed(seed + rank)  # each drops units of its own
     optimizer = make_optimizer(model, lr, weight_decay)
     run = Run(model, vocab, batches, optimizer, out, options, notes)
     if resume is not None:
