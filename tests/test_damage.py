@@ -89,7 +89,7 @@ def killing(folder, threads, path, kills, answer):
     if path == "fused":
         rnn.build()
     else:
-        rnn.fused = rnn.FUSED = None
+        rnn.fused, rnn.FUSED = None, "0"
     r, seen, train = random.Random(f"{threads} {path}"), collections.Counter(), rnn.train
 
     def begin(out, saving=False):
