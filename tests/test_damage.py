@@ -101,11 +101,11 @@ def killing(folder, threads, path, kills, answer):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             torch.set_num_threads(threads)
             rnn.build = lambda: None
-            rnn.train = lambda *a, **k: train(*a, **{**k, "evals": 60})  # saves all the time
+            rnn.train = lambda *a, **k: train(*a, **{**k, "evals": 30})  # saves all the time
             if saving:
                 die_while_saving(r)
             resume = ["--resume", f"{out}/last.pt"] if os.path.exists(f"{out}/last.pt") else [
-                "--steps", 120, *SMALL]
+                "--steps", 60, *SMALL]
             main("--data", "text.txt", "--out", out, *resume)
             os._exit(0)
         except BaseException:
