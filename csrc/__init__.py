@@ -53,18 +53,45 @@ def cuda_sources():
 def load():
     """The operators that setup.py has compiled. Raises ImportError or RuntimeError if there are
     none, or if they are for another Python, torch or CPU."""
-    importlib.import_module("rnn_C._native")
+    native = importlib.import_module("rnn_C._native")
+    if not torch.__version__.startswith(native.torch):  # it may load all the same, and then crash
+        raise ImportError(f"compiled for torch {native.torch}, but this is {torch.__version__}")
     _register_shapes()
 
 
 def compile_and_load():
     """Compile just in time; torch keeps the result. Takes a C++ compiler, ninja, half a minute."""
+    import fcntl  # Unix only, as are the flags
+
     from torch.utils import cpp_extension  # slow to import, so only here
 
     sources = [os.path.join(FOLDER, name) for name in SOURCES + cuda_sources()]
-    cpp_extension.load("rnn_C_native", sources, extra_cflags=flags(), extra_cuda_cflags=["-O3"],
-                       extra_ldflags=flags()[2:])
+    name = "rnn_C_native_" + re.sub(r"\W", "_", torch.__version__)  # each torch has its own
+    folder = cpp_extension._get_build_directory(name, verbose=False)
+    with open(os.path.join(folder, "rnn.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process at a time; ends with it, however it ends
+        if os.path.exists(os.path.join(folder, "lock")):  # torch's own does not: a build that was
+            os.unlink(os.path.join(folder, "lock"))  # killed would leave all others waiting
+        cpp_extension.load(name, sources, extra_cflags=flags(), extra_cuda_cflags=["-O3"],
+                           extra_ldflags=flags()[2:], build_directory=folder)
     _register_shapes()
+
+
+def _kind(t):
+    return t.dtype, t.device, t.layout
+
+
+def _check(like, sizes, N, B, **tensors):
+    """As the checks of lstm.h: what cannot run must not be traced either. Each of the tensors, by
+    name, comes with the shape that it must have."""
+    for name, (t, shape) in tensors.items():
+        if t.shape != shape or _kind(t) != (like.dtype, like.device, torch.strided):
+            raise RuntimeError(f"lstm: {name} must be {shape}, dense, {like.dtype} on "
+                               f"{like.device}, got {tuple(t.shape)}, {_kind(t)}")
+    falling = all(0 <= n <= before for before, n in zip([B, *sizes], sizes))
+    if not falling or sum(sizes) != N or sizes[:1] != [B][: len(sizes)]:
+        raise RuntimeError(f"lstm: sizes must begin with {B}, never grow nor be negative, and add "
+                           f"up to {N}, got {sizes}")
 
 
 def _register_shapes():
@@ -74,23 +101,33 @@ def _register_shapes():
 
     @torch.library.register_fake("rnn::lstm_forward")
     def _(x, w_ih, bias, h0, c0, w_hh, sizes, reverse, save):
-        N, H = x.shape[0], w_hh.shape[1]
-        gates = x.new_empty(N if save else 0, 4 * H)
-        return x.new_empty(N, H), x.new_empty(N, H) if save else torch.empty_like(c0), gates
+        (N, I), (B, _), H = x.shape, h0.shape, w_hh.shape[1]
+        _check(w_hh, sizes, N, B, x=(x, (N, I)), w_ih=(w_ih, (4 * H, I)), bias=(bias, (4 * H,)),
+               h0=(h0, (B, H)), c0=(c0, (B, H)), w_hh=(w_hh, (4 * H, H)))
+        return (x.new_empty(N, H), x.new_empty(N if save else B, H),
+                x.new_empty(N if save else 0, 4 * H))
 
     @torch.library.register_fake("rnn::lstm_backward")
     def _(dh, dc, gates, c, c0, w_hh, sizes, reverse):
-        return torch.empty_like(gates), torch.empty_like(c0), torch.empty_like(c0)
+        (N, _), (B, _), H = gates.shape, c0.shape, w_hh.shape[1]
+        _check(w_hh, sizes, N, B, dh=(dh, (N, H)), dc=(dh if dc is None else dc, (N, H)),
+               gates=(gates, (N, 4 * H)), c=(c, (N, H)), c0=(c0, (B, H)),
+               w_hh=(w_hh, (4 * H, H)))
+        return dh.new_empty(N, 4 * H), dh.new_empty(B, H), dh.new_empty(B, H)
 
     @torch.library.register_fake("rnn::lstm_weight_gradients")
     def _(da, x, h, h0, sizes, reverse):
-        like = da.float() if da.dtype == torch.bfloat16 else da
-        G = da.shape[1]
-        return like.new_empty(G, x.shape[1]), like.new_empty(G, h.shape[1]), like.new_empty(G)
+        (N, I), (B, H) = x.shape, h0.shape
+        _check(da, sizes, N, B, da=(da, (N, 4 * H)), x=(x, (N, I)), h=(h, (N, H)), h0=(h0, (B, H)))
+        dtype = torch.float32 if da.dtype == torch.bfloat16 else da.dtype
+        return tuple(da.new_empty(shape, dtype=dtype) for shape in ((4 * H, I), (4 * H, H), 4 * H))
 
     @torch.library.register_fake("rnn::mm")
     def _(a, b):
-        return a.new_empty(a.shape[0], b.shape[1])
+        if _kind(a) != _kind(b) or a.layout != torch.strided:  # torch.mm would see it too late
+            raise RuntimeError(f"mm: expected dense tensors of one type on one device, got "
+                               f"{_kind(a)} and {_kind(b)}")
+        return torch.mm(a, b)
 
 
 def type_of(x):

@@ -1,5 +1,6 @@
 // Names the operators; lstm_cpu.cpp (and, for GPUs, lstm_cuda.cu) bring their implementations.
 // torch.ops lets other Python threads run (releases the GIL) while an operator works.
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/extension.h>
 #include <torch/library.h>
 
@@ -13,12 +14,21 @@ TORCH_LIBRARY(rnn, m) {
   m.def("mm(Tensor a, Tensor b) -> Tensor");
 }
 
-// An empty Python module: importing it loads this library, which registers the operators. A
-// library compiled for another CPU must say so here, rather than crash in the first product.
+// Derivatives are in __init__.py. A gradient that is asked of an operator itself is an error:
+// without this it would be zero, in silence.
+TORCH_LIBRARY_IMPL(rnn, Autograd, m) {
+  for (const char* name : {"lstm_forward", "lstm_backward", "lstm_weight_gradients", "mm"})
+    m.impl(name, torch::autograd::autogradNotImplementedFallback());
+}
+
+// A Python module with nothing but torch's version: importing it loads this library, which
+// registers the operators. A library compiled for another CPU must say so here, rather than crash
+// in the first product.
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #if defined(__AVX512F__)
   TORCH_CHECK(__builtin_cpu_supports("avx512f"), "rnn_C was compiled for a CPU with AVX-512");
 #elif defined(__AVX2__)
   TORCH_CHECK(__builtin_cpu_supports("avx2"), "rnn_C was compiled for a CPU with AVX2");
 #endif
+  m.attr("torch") = TORCH_VERSION;
 }

@@ -121,7 +121,8 @@ void forward(const Forward<T>& a, const std::vector<Step>& steps, const Share& m
         sum[j] = (Vec<float>)(_mm512_load_ps(sums + j * kSums) + get(a.bias + j * H + u, n));
       activate<float>(sum, gate);
       const Vec<float> c = gate[1] * (Vec<float>)get(a.c_now + b * H + u, n) + gate[0] * gate[2];
-      const Floats h = (Floats)(gate[3] * tanh<float>(c));
+      // Lanes beyond H, inf * 0 if x is infinite, meet weights of 0: they must be 0 themselves.
+      const Floats h = _mm512_maskz_mov_ps(first(n), (Floats)(gate[3] * tanh<float>(c)));
       nan |= is_nan(h);
       put(a.c_now + b * H + u, (Floats)c, n);
       put_row<P>(at_row<P>(after, b / R, b % R, I + u, K), h);
@@ -156,7 +157,7 @@ template <typename T> struct Backward {
   const int64_t* first;  // (B): the row in which each sequence begins
   int64_t B, H, R;
   bool amx;
-  std::atomic<bool>* nan;
+  std::atomic<bool>* nan;  // becomes true if a gate's gradient is NaN or infinite
 };
 
 // In an operand gate gradients stand in the order [unit / 16][gate][16]: all of 16 units together.
@@ -190,8 +191,8 @@ void backward(const Backward<T>& a, const std::vector<Step>& steps, const Share&
         product<P>(a.amx, b + R < row_end, rows + b / R * row_tile, row_tile, a.columns + p * pair,
                    K / 32, {a.sums + b / R * next + p * 2 * kSums, 16, kSums, next}, pieces);
   };
-  auto sum = [&](int64_t b, int64_t u) {
-    return _mm512_load_ps(a.sums + b / R * next + u / 16 * kSums + b % R * 16);
+  auto sum = [&](int64_t b, int64_t u) {  // 0 beyond H, for the same reason
+    return get(a.sums + b / R * next + u / 16 * kSums + b % R * 16, H - u);
   };
   __mmask16 nan = 0;
   for (size_t t = steps.size(); t-- > 0;) {
@@ -215,7 +216,7 @@ void backward(const Backward<T>& a, const std::vector<Step>& steps, const Share&
       put(a.dc_now + b * H + u, dc * f, n);
       const Floats da[4] = {dc * g * i * (1 - i), dc * c * f * (1 - f), dc * i * (1 - g * g),
                             dh * tanh_c * o * (1 - o)};
-      nan |= is_nan(da[0] + da[1] + da[2] + da[3]);
+      nan |= is_nan((da[0] + da[1] + da[2] + da[3]) * 0);  // infinity too: dh0 is next
       for (int64_t gate = 0; gate < 4; ++gate) {
         put_row<P>(at_row<P>(a.rows[(t + 1) % 2], b / R, b % R, place(u, gate), K), da[gate]);
         put(a.da + (row * 4 + gate) * H + u, da[gate], n);
@@ -274,7 +275,8 @@ at::Tensor forward_bf16(const at::Tensor& x, const at::Tensor& w_ih, const at::T
   const int64_t R = tile_rows(sizes, weight_bytes);
   const int64_t blocks = (I + 31) / 32 + (H + 31) / 32, tiles = (B + R - 1) / R;
   const int64_t panels = (H + 31) / 32;
-  auto c_now = c0.to(at::kFloat, /*non_blocking=*/false, /*copy=*/true);
+  auto c_now = c0.to(at::kFloat, /*non_blocking=*/false, /*copy=*/true,
+                     at::MemoryFormat::Contiguous);
   const auto bias_ = bias.to(at::kFloat);
   auto sums = fresh({tiles, panels, 2, 4, kSums}, like.dtype(at::kFloat));
   std::atomic<bool> nan = false;

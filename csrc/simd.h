@@ -85,11 +85,13 @@ template <typename T> inline Vec<T> tanh(Vec<T> x) {
   return -m / (2 + m);
 }
 
-// The four gates from their sums: i, f, g, o
+// The four gates from their sums: i, f, g, o. In a pair NaN reaches both quotients; so it reaches
+// c, as it must, from i, f or g. From o alone it must not.
 template <typename T> inline void activate(const Vec<T>* a, Vec<T>* gate) {
-  const Vec<T> one = 1 - Vec<T>{}, m = expm1<T>(-2 * a[2]);
+  const Vec<T> one = 1 - Vec<T>{}, m = expm1<T>(-2 * a[2]), o = 2 + expm1<T>(-a[3]);
   divide<T>(one, 2 + expm1<T>(-a[0]), one, 2 + expm1<T>(-a[1]), &gate[0], &gate[1]);
-  divide<T>(-m, 2 + m, one, 2 + expm1<T>(-a[3]), &gate[2], &gate[3]);
+  divide<T>(-m, 2 + m, one, o == o ? o : one, &gate[2], &gate[3]);
+  gate[3] += o - o;  // 0 or NaN
 }
 
 }  // namespace

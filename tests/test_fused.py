@@ -2,8 +2,10 @@
 
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 import threading
 
 import pytest
@@ -577,13 +579,70 @@ def test_a_library_that_does_not_load_is_one_warning(tmp_path):
     assert "rnn_C does not fit this Python, torch or CPU, so LSTM runs its plain" in done.stderr
 
 
-@pytest.mark.parametrize("missing", ["compiler", "ninja", "csrc"])
+def test_a_library_of_another_torch_is_one_warning_and_does_not_load(tmp_path):
+    (tmp_path / "rnn_C").mkdir()
+    (tmp_path / "rnn_C" / "__init__.py").write_text((ROOT / "csrc" / "__init__.py").read_text())
+    for name, content, words in (
+            ("_native.py", b"torch = '1.0.0'", "compiled for torch 1.0.0, but this is"),
+            ("_native" + sysconfig.get_config_var("EXT_SUFFIX"), b"\x7fELF damaged", "_native")):
+        (tmp_path / "rnn_C" / name).write_bytes(content)
+        done = python(USE, tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}", RNN_FUSED="")
+        assert done.returncode == 0 and done.stdout == "False\n"
+        assert "rnn_C does not fit this Python, torch or CPU" in done.stderr
+        assert words in done.stderr
+
+
+def test_a_build_that_was_killed_leaves_no_lock_and_the_next_does_not_wait(tmp_path, monkeypatch):
+    """torch marks a folder where it builds with a file, and waits for ever if it stays."""
+    from torch.utils import cpp_extension
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    built, native = [], rnn.fused
+
+    def load(name, *arguments, build_directory, **options):
+        assert torch.__version__.replace(".", "_").replace("+", "_") in name
+        assert not os.path.exists(os.path.join(build_directory, "lock"))
+        open(os.path.join(build_directory, "lock"), "w").close()
+        built.append(build_directory)
+
+    monkeypatch.setattr(cpp_extension, "load", load)
+    monkeypatch.setattr(native, "_register_shapes", lambda: None)
+    for _ in range(2):
+        native.compile_and_load()
+    assert len(built) == 2 and built[0] == built[1] and built[0].startswith(str(tmp_path))
+
+
+@pytest.mark.skipif("RNN_BUILDS" not in os.environ, reason="takes minutes: RNN_BUILDS=1")
+def test_builds_that_are_killed_and_that_run_at_once(tmp_path):
+    """From an empty cache: kill a build in its middle, then let two processes build together."""
+    (tmp_path / "rnn_C.py").write_text("raise ModuleNotFoundError('pretends to be absent')")
+    settings = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path / "cache"),
+                "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    command = [sys.executable, "-c", "import rnn; rnn.build(); " + USE]
+    first = subprocess.Popen(command, env=settings, cwd=tmp_path)
+    with pytest.raises(subprocess.TimeoutExpired):
+        first.wait(20)
+    first.kill()
+    first.wait()
+    assert list((tmp_path / "cache").glob("*/lock"))
+    both = [subprocess.Popen(command, env=settings, cwd=tmp_path, stdout=subprocess.PIPE)
+            for _ in range(2)]
+    assert [process.communicate(timeout=1200)[0] for process in both] == [b"True\n"] * 2
+
+
+@pytest.mark.parametrize("missing", ["compiler", "c++ in PATH", "ninja", "csrc", "cache"])
 def test_build_without_its_tools_says_so(tmp_path, missing):
     """And train_shakespeare.py goes on without: see test_script.py."""
     folder, settings = ROOT, {"TORCH_EXTENSIONS_DIR": str(tmp_path / "cache")}
     (tmp_path / "rnn_C.py").write_text("raise ModuleNotFoundError('pretends to be absent')")
     if missing == "compiler":
         settings["CXX"] = "/nowhere/c++"
+    if missing == "c++ in PATH":
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin" / "ninja").symlink_to(shutil.which("ninja"))
+        settings["PATH"] = str(tmp_path / "bin")
+    if missing == "cache":
+        settings["TORCH_EXTENSIONS_DIR"] = "/dev/null/cache"
     if missing == "ninja":
         settings["PATH"] = "/nowhere"
     if missing == "csrc":

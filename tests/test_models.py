@@ -464,7 +464,8 @@ def test_windows_by_hand(vocab, ids):
               for k in range(0, len(ids) - 20, 7)]
     windowed = rnn.evaluate_windows(model, ids, window=20, stride=7, batch=16)
     assert windowed == pytest.approx(torch.stack(losses).mean().item(), rel=1e-6)
-    assert windowed > rnn.evaluate(model, ids)
+    one = rnn.evaluate_windows(model, ids, window=len(ids) - 1)
+    assert one == pytest.approx(rnn.evaluate(model, ids), rel=1e-6)
     with pytest.raises(ValueError, match="of 20 symbols has no window of 20 predictions"):
         rnn.evaluate_windows(model, ids[:20], window=20)
 

@@ -1,12 +1,14 @@
 """train_shakespeare.py as a person uses it, and rnn.py copied alone into an empty folder."""
 
 import hashlib
+import http.server
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -253,6 +255,56 @@ def test_a_download_is_checked_and_cached(tmp_path, monkeypatch):
     source.unlink()  # from now on only the cache has it
     assert train_shakespeare.shakespeare() == ("To be", "Tiny Shakespeare")
     assert os.listdir(cached.parent) == ["tinyshakespeare.txt"]
+
+
+def test_a_download_that_is_cut_short(tmp_path, monkeypatch):
+    """The server promises more than it sends."""
+    class Half(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", "1115394")
+            self.end_headers()
+            self.wfile.write(b"First Citizen:")
+
+        def log_message(self, *arguments):
+            pass
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(train_shakespeare, "plays", lambda: None)
+    with http.server.HTTPServer(("127.0.0.1", 0), Half) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(train_shakespeare, "URL", f"http://127.0.0.1:{server.server_port}/")
+        with pytest.raises(ValueError, match="the download failed .IncompleteRead"):
+            train_shakespeare.shakespeare()
+        server.shutdown()
+    assert not list(tmp_path.rglob("*.txt"))
+
+
+def test_a_cache_that_cannot_be_written_leaves_nothing_behind(tmp_path, monkeypatch):
+    (tmp_path / "input.txt").write_text("To be")
+    monkeypatch.setattr(train_shakespeare, "URL", (tmp_path / "input.txt").as_uri())
+    monkeypatch.setattr(train_shakespeare, "SHA256", hashlib.sha256(b"To be").hexdigest())
+    monkeypatch.setattr(train_shakespeare, "plays", lambda: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "input.txt"))
+    with pytest.raises(ValueError, match="the download failed"):
+        train_shakespeare.shakespeare()
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(ValueError, match="No space left"):
+        train_shakespeare.shakespeare()
+    assert os.listdir(tmp_path / "cache" / "rnn") == []
+
+
+def test_a_terminal_that_lacks_a_symbol_shows_its_number(folder):
+    (folder / "greek.txt").write_text("\u03b1\u03b2 " * 900, encoding="utf-8")
+    done = script("--data", "greek.txt", "--steps", 2, *SMALL, "--out", "greek", cwd=folder,
+                  PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    assert "\\u03b" in done.stdout.split("at temperature")[1]
 
 
 def test_plays_have_tiny_shakespeare_s_layout():

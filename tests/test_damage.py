@@ -1,0 +1,411 @@
+"""Runs that are killed, full disks, damaged files: nothing is lost, nothing is wrong in silence.
+
+The long versions, each some minutes:
+
+    RNN_KILLS=50 python -m pytest -q tests/test_damage.py -k killed     kills, of each of four runs
+    RNN_EVERY=1 python -m pytest -q tests/test_damage.py -k flipped     every byte of a checkpoint
+    RNN_LONG=90000 python -m pytest -sq tests/test_damage.py -k memory    steps of training
+"""
+
+import collections
+import gc
+import io
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import time
+import traceback
+
+import pytest
+import torch
+from conftest import build_fused
+
+import rnn
+import train_shakespeare
+
+KILLS = int(os.environ.get("RNN_KILLS", 3))
+EVERY = int(os.environ.get("RNN_EVERY", 199))
+LONG = int(os.environ.get("RNN_LONG", 600))
+SMALL = ["--hidden", "6", "--embed", "4", "--batch", "4", "--context", "16", "--length", "9",
+         "--dtype", "float32"]
+ERRORS = (ValueError, OSError)  # what the script turns into one line
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, text):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(text)
+    return tmp_path
+
+
+def main(*arguments):
+    train_shakespeare.main([*map(str, arguments)])
+
+
+def same(a, b):
+    """Whether two contents of checkpoints are the same, bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+# ---- Killed ----
+
+
+def die_while_saving(r):
+    """Let this process be killed at one of its saves: by half a file, or before or after one of
+    the calls that make it whole."""
+    module, name = r.choice([(torch, "save"), (os, "fsync"), (os, "replace")])
+    real, left, after = getattr(module, name), r.randrange(12), r.random() < 0.5
+
+    def dying(*arguments, **options):
+        nonlocal left
+        left -= 1
+        if left < 0 and name == "save":
+            buffer = io.BytesIO()
+            real(arguments[0], buffer)
+            arguments[1].write(buffer.getvalue()[: r.randrange(buffer.tell())])
+            arguments[1].flush()
+        elif left < 0 and after:
+            real(*arguments, **options)
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments, **options)
+
+    setattr(module, name, dying)
+
+
+def killing(folder, threads, path, kills, answer):
+    """Train once in peace; then the same again and again, killed at random moments and resumed, so
+    many times; and compare. In a process of its own, from which runs are forked: importing torch
+    anew for each would take a hundred times as long as the run."""
+    os.chdir(folder)
+    torch.set_num_threads(1)  # here nothing may start threads, or forks would hang
+    if path == "fused":
+        rnn.build()
+    else:
+        rnn.fused, rnn.FUSED = None, "0"
+    r, seen, train = random.Random(f"{threads} {path}"), collections.Counter(), rnn.train
+
+    def begin(out, saving=False):
+        pid = os.fork()
+        if pid:
+            return pid
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            torch.set_num_threads(threads)
+            rnn.build = lambda: None
+            rnn.train = lambda *a, **k: train(*a, **{**k, "evals": 30})  # saves all the time
+            if saving:
+                die_while_saving(r)
+            resume = ["--resume", f"{out}/last.pt"] if os.path.exists(f"{out}/last.pt") else [
+                "--steps", 60, *SMALL]
+            main("--data", "text.txt", "--out", out, *resume)
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+        os._exit(1)
+
+    def ended(pid):
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        assert status in (0, -signal.SIGKILL), f"a run ended with {status}"
+        return status == 0
+
+    began = time.monotonic()
+    assert ended(begin("whole"))
+    took, chain = time.monotonic() - began, 0
+    while seen["killed"] < kills or seen["resumed to the end"] == 0:
+        saving, out = r.random() < 0.5, f"chain{chain}"
+        pid = begin(out, saving and seen["killed"] < kills)
+        if not saving and seen["killed"] < kills:
+            time.sleep(r.uniform(0, took))
+            os.kill(pid, signal.SIGKILL)
+        whole = ended(pid)
+        seen["killed"] += not whole
+        for name in ("last.pt", "best.pt"):
+            if os.path.exists(f"{out}/{name}"):
+                rnn.load(f"{out}/{name}")
+                seen[f"{name} read"] += 1
+        files = set(os.listdir(out)) - {"last.pt", "best.pt"} if os.path.exists(out) else set()
+        assert all(name.endswith(".partial") for name in files) and len(files) < 2, files
+        seen["half a file left"] += len(files)
+        if whole:
+            a, b = (torch.load(f"{name}/last.pt", weights_only=True) for name in ("whole", out))
+            for content in (a, b):
+                run = content["training"]["run"]
+                run["seconds"], run["history"] = 0.0, [(s, v) for s, _, v in run["history"]]
+            assert same(a, b) and not files
+            seen["resumed to the end"] += 1
+            chain += 1
+    answer.put(dict(seen))
+
+
+@pytest.mark.parametrize("threads,path", [(1, "plain"), (2, "fused"), (1, "fused"), (2, "plain")])
+def test_a_killed_run_loses_nothing(folder, threads, path):
+    if path == "fused":
+        build_fused()
+    context = multiprocessing.get_context("spawn")
+    answer = context.Queue()
+    process = context.Process(target=killing, args=(folder, threads, path, KILLS, answer))
+    process.start()
+    while process.is_alive() and answer.empty():
+        process.join(0.1)
+    assert not answer.empty(), "see the traceback above"
+    seen = answer.get()
+    process.join()
+    print(threads, path, seen)
+    assert seen["killed"] >= KILLS and seen["resumed to the end"] >= 1
+
+
+# ---- Nowhere to write ----
+
+
+@pytest.fixture
+def checkpoint(folder):
+    """A checkpoint of a run, whole/last.pt: its path and its bytes."""
+    main("--data", "text.txt", "--steps", 20, *SMALL, "--out", "whole")
+    return folder / "whole" / "last.pt", (folder / "whole" / "last.pt").read_bytes()
+
+
+@pytest.mark.parametrize("part", [0, 1e-5, 0.01, 0.3, 0.7, 0.99])
+def test_a_full_disk_keeps_the_old_checkpoint(checkpoint, part):
+    """A limit for the size of files acts as a full disk does: the write fails."""
+    path, whole = checkpoint
+    model, vocab, training = rnn.load(path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(part * len(whole)), before[1]))
+    try:
+        with pytest.raises(OSError, match=r"cannot write the checkpoint .*last\.pt: "):
+            rnn.save(path, model, vocab, **training)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert path.read_bytes() == whole and sorted(os.listdir("whole")) == ["best.pt", "last.pt"]
+
+
+def test_a_full_file_system(checkpoint):
+    path, whole = checkpoint
+    os.mkdir("small")
+    if os.system("mount -t tmpfs -o size=64k tmpfs small 2> /dev/null"):
+        pytest.skip("only root can mount a small file system")
+    try:
+        model, vocab, training = rnn.load(path)
+        with pytest.raises(OSError, match=r"cannot write the checkpoint small/a\.pt: "):
+            for size in range(1000):  # until it is full
+                rnn.save("small/a.pt", model, vocab, **training, more=torch.zeros(size * 1000))
+        assert rnn.load("small/a.pt")[2]["more"].numel() == (size - 1) * 1000
+        assert os.listdir("small") == ["a.pt"]
+    finally:
+        os.system("umount small")
+
+
+def test_a_folder_that_may_only_be_read(checkpoint):
+    path, whole = checkpoint
+    os.chmod("whole", 0o555)
+    if os.geteuid() == 0:
+        os.seteuid(65534)  # for root, permissions would not count
+    try:
+        if os.access("whole", os.W_OK, effective_ids=True):
+            pytest.skip("permissions do not count here")
+        with pytest.raises(OSError, match=r"cannot write the checkpoint .*last\.pt: .*denied"):
+            rnn.save(path, rnn.CharLM(2), rnn.Vocab("ab"))
+    finally:
+        if os.getuid() == 0:
+            os.seteuid(0)
+        os.chmod("whole", 0o755)
+    assert path.read_bytes() == whole
+
+
+# ---- Damaged checkpoints ----
+
+
+def test_flipped_bits_are_seen(checkpoint):
+    """torch.load alone takes most of them for other weights."""
+    path, whole = checkpoint
+    expected, seen = torch.load(path, weights_only=True), collections.Counter()
+    for k in range(random.randrange(EVERY), len(whole), EVERY):
+        path.write_bytes(whole[:k] + bytes([whole[k] ^ 1 << k % 8]) + whole[k + 1 :])
+        try:
+            model, vocab, training = rnn.load(path)
+            assert same(expected["weights"], model.state_dict()), f"byte {k}"
+            assert same(expected["training"], training) and vocab.symbols == expected["symbols"]
+            assert model.config == expected["config"]
+            seen["harmless"] += 1  # padding, dates
+        except ValueError as error:
+            assert "last.pt is damaged or not a checkpoint" in str(error)
+            seen["refused"] += 1
+    print(seen, f"of {len(whole)} bytes")
+    assert seen["refused"] > seen["harmless"]
+
+
+HUGE = 10**9
+
+
+@pytest.mark.parametrize("changes", [
+    *({"config": {name: HUGE}} for name in ("hidden", "embed", "layers", "vocab_size")),
+    {"config": {"hidden": 40_000}}, {"config": {"layers": 1.5}}, {"config": {"cell": "x"}},
+    {"config": {"further": 1}}, {"config": {"hidden": "6"}}, {"config": 3}, {"kind": []},
+    {"kind": "Seq2Seq"}, {"symbols": 3}, {"symbols": list(range(13))}, {"symbols": None},
+    {"weights": {}}, {"weights": None}, {"weights": {"output.weight": "x"}},
+    {"weights": {"output.weight": torch.zeros(3)}}, {"format": 1}], ids=str)
+def test_content_that_does_not_fit(checkpoint, changes):
+    path, _ = checkpoint
+    content = torch.load(path, weights_only=True)
+    for name, value in changes.items():
+        both = isinstance(value, dict) and value and isinstance(content[name], dict)
+        content[name] = {**content[name], **value} if both else value
+    torch.save(content, path)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match="last.pt is damaged or not a checkpoint of rnn.py: "):
+        rnn.load(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
+
+
+def drop(*keys):
+    def change(training):
+        for key in keys[:-1]:
+            training = training[key]
+        del training[keys[-1]]
+    return change
+
+
+def put(value, *keys):
+    def change(training):
+        for key in keys[:-1]:
+            training = training[key]
+        training[keys[-1]] = value
+    return change
+
+
+@pytest.mark.parametrize("change", [
+    *(drop(name) for name in ("options", "run", "best", "notes", "state", "optimizer", "batches",
+                              "random")),
+    drop("run", "step"), put("x", "run", "step"), put(None, "run"), put([], "notes"),
+    drop("notes", "sha256"), put("4", "notes", "batch"), put(torch.zeros(3), "state"),
+    put((torch.zeros(1, 4, 5),) * 2, "state"), put({}, "best"), put({"x": 1}, "best"),
+    put(torch.zeros(1), "best", "output.weight"), put({}, "optimizer"),
+    put({}, "optimizer", "state"), put(torch.zeros(1), "optimizer", "state", 0, "exp_avg"),
+    drop("optimizer", "state", 1), put([], "optimizer", "param_groups"),
+    put("x", "batches", "position"), put(torch.zeros(1), "batches", "random"),
+    put(torch.zeros(5, dtype=torch.uint8), "random", 0, "cpu"), put({}, "random"),
+    put([], "random"), drop("options", "lr"), lambda training: training.clear()])
+def test_a_damaged_run_shows_before_any_work(checkpoint, capsys, change):
+    path, _ = checkpoint
+    content = torch.load(path, weights_only=True)
+    change(content["training"])
+    torch.save(content, path)
+    damaged = path.read_bytes()
+    capsys.readouterr()
+    with pytest.raises(ValueError):
+        main("--resume", path, "--data", "text.txt", "--steps", 40)
+    assert "step " not in capsys.readouterr().out and path.read_bytes() == damaged
+
+
+def test_what_is_no_character_model(folder):
+    vocab = rnn.Vocab("ab")
+    rnn.save("c.pt", rnn.Classifier(2, hidden=4), vocab)
+    rnn.save("young.pt", rnn.CharLM(2, hidden=4), vocab)
+    with pytest.raises(ValueError, match="c.pt is a Classifier"):
+        main("--sample", "c.pt")
+    for name in ("c.pt", "young.pt"):
+        with pytest.raises(ValueError, match=f"cannot resume: the checkpoint's {name}: notes"):
+            main("--resume", name, "--data", "text.txt")
+    for resume in ({}, 3, [1]):
+        with pytest.raises(ValueError, match="cannot resume"):
+            rnn.train(rnn.CharLM(2, hidden=4), vocab, torch.tensor([0, 1] * 99),
+                      torch.tensor([0, 1]), "out", steps=1, batch=1, context=8, resume=resume)
+    assert not os.path.exists("out")
+
+
+# ---- Texts ----
+
+
+def test_texts_of_every_length_up_to_two_batches(folder, capsys):
+    needed = 4 * 16 + 1
+    for length in range(2 * needed + 8):
+        with open("short.txt", "w") as file:
+            file.write(("abc" * length)[:length])
+        enough = int(0.9 * length) >= needed
+        try:
+            main("--data", "short.txt", "--steps", 1, *SMALL, "--out", f"out{length}")
+            assert enough
+        except ValueError as error:
+            assert not enough and "text" in str(error), error
+        assert os.path.exists(f"out{length}") == enough
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content,message", [
+    (bytes(range(256)) * 40, "not UTF-8"), ("Zoë ".encode("utf-16") * 400, "not UTF-8"),
+    (b"ab\xed\xa0\x80cd" * 400, "not UTF-8"), (b"abc" * 400 + b"\xc3", "not UTF-8"),
+    (b"\0" * 4000, "two different symbols"), (b"\xff\xfe", "not UTF-8"),
+    (b"a\0" * 2000, None),  # UTF-16 without a mark: it is text with many zeros
+    (("\ufeffab" * 900).encode(), None), (("a" * 10**6 + "b").encode(), None),
+    (b"\r\n\r" * 900, None),
+    (("\U0010ffff\u0301\u202e" * 900).encode(), None)], ids=lambda x: repr(x)[:24])
+def test_strange_texts(folder, content, message):
+    (folder / "strange.txt").write_bytes(content)
+    arguments = ["--data", "strange.txt", "--steps", 1, *SMALL]
+    if message:
+        with pytest.raises(ValueError, match=message):
+            main(*arguments)
+        assert not os.path.exists("out")
+    else:
+        main(*arguments)
+        assert rnn.load("out/best.pt")[1].symbols == sorted(set(content.decode()))
+
+
+def test_a_million_distinct_symbols(folder):
+    """Nearly all that Unicode can hold, once each."""
+    symbols = [chr(k) for k in range(0x110000) if not 0xD800 <= k < 0xE000]
+    if LONG == 600:
+        symbols = symbols[-5000:]
+    (folder / "many.txt").write_bytes("".join(symbols).encode())
+    main("--data", "many.txt", "--steps", 1, "--hidden", 2, "--embed", 2, "--batch", 1, "--context",
+         8, "--length", 3, "--prompt", symbols[-1])
+    model, vocab, _ = rnn.load("out/last.pt")
+    assert model.vocab_size == len(vocab) == len(symbols)
+
+
+# ---- A long run ----
+
+
+def resident():
+    """MiB that this process has in memory."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize() / 2**20
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux's /proc")
+def test_memory_stays_constant(folder, monkeypatch, path):
+    """Beyond the first third of a run no more memory, no more tensors. RNN_LONG: so many steps."""
+    samples, plain, steps = [], rnn.backpropagate, 0
+
+    def sampling(*arguments):
+        nonlocal steps
+        if steps % (LONG // 60) == 0:
+            big = sum(issubclass(type(t), torch.Tensor) and t.numel() > 2 for t in gc.get_objects())
+            samples.append((time.perf_counter(), resident(), big))
+        steps += 1
+        return plain(*arguments)
+
+    monkeypatch.setattr(rnn, "backpropagate", sampling)
+    text = (folder / "text.txt").read_text()
+    vocab = rnn.Vocab.of(text)
+    ids = vocab.encode(text)
+    model = rnn.CharLM(len(vocab), embed=16, hidden=64, layers=2, dropout=0.1)
+    rnn.train(model, vocab, ids[:-300], ids[-300:], "out", steps=LONG, batch=8, context=32,
+              evals=60)
+    third = len(samples) // 3
+    early, late = samples[third : 2 * third], samples[2 * third :]
+    for name, k in (("MiB resident", 1), ("tensors", 2)):
+        print(f"{name}: {max(s[k] for s in early):.1f}, then {max(s[k] for s in late):.1f}")
+    took = [1000 * (p[-1][0] - p[0][0]) / (len(p) - 1) / (LONG // 60) for p in (early, late)]
+    print(f"{steps:,} steps; milliseconds a step: {took[0]:.2f}, then {took[1]:.2f}")
+    assert max(s[2] for s in late) <= max(s[2] for s in early)
+    assert max(s[1] for s in late) < 1.02 * max(s[1] for s in early)
