@@ -996,8 +996,10 @@ def load(path, device="cpu"):
     a single bit, or not a checkpoint of this library."""
     try:
         with open(path, "rb") as file:
-            wrong = zipfile.ZipFile(file).testzip()  # checksums: torch.load does not compare them
-            if wrong:
+            archive = zipfile.ZipFile(file)
+            wrong = archive.testzip()  # checksums: torch.load does not compare them
+            if wrong or any(part.external_attr & 0x10 for part in archive.infolist()):
+                # The latter: it takes a part for a folder, and leaves memory as it happens to be.
                 raise ValueError(f"the checksum of its part {wrong} does not fit")
             file.seek(0)
             content = torch.load(file, map_location="cpu", weights_only=True)
