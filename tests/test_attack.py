@@ -74,6 +74,13 @@ def backward(dh, dc, gates, c, c0, w_hh, sizes, reverse):
     return da, dh_now, dc_now
 
 
+def weight_gradients(da, x, h, h0, sizes, reverse):
+    before, now = torch.zeros_like(h), h0.clone()
+    for at in walk(sizes, reverse):
+        before[at], now[: len(at)] = now[: len(at)], h[at]
+    return product(da.mT, x.mT), product(da.mT, before.mT), da.sum(0)
+
+
 def mm(a, b):
     return (a @ b,)
 
@@ -106,6 +113,12 @@ def backward_arguments(r, tensor):
                 sizes=sizes, reverse=r.random() < 0.5)
 
 
+def weight_gradients_arguments(r, tensor):
+    B, H, I, sizes, N = draw_sizes(r)
+    return dict(da=tensor(N, 4 * H) * max(N, 1)**-0.5, x=tensor(N, I), h=tensor(N, H),
+                h0=tensor(B, H), sizes=sizes, reverse=r.random() < 0.5)
+
+
 def mm_arguments(r, tensor):
     large = r.random() < 0.05  # goes through tiles
     M, K, C = (r.choice([300, 513, 1000] if large else [0, 1, 2, 15, 33]) for _ in "MKC")
@@ -113,23 +126,27 @@ def mm_arguments(r, tensor):
 
 
 OPERATORS = {"lstm_forward": (forward_arguments, forward),
-             "lstm_backward": (backward_arguments, backward), "mm": (mm_arguments, mm)}
+             "lstm_backward": (backward_arguments, backward),
+             "lstm_weight_gradients": (weight_gradients_arguments, weight_gradients),
+             "mm": (mm_arguments, mm)}
 
 
 def fits(arguments):
     """Whether an operator must accept these: written anew here, for tensors and names alone."""
     a = arguments
     tensors = {name: t for name, t in a.items() if isinstance(t, torch.Tensor)}
-    first = a["a" if "a" in a else "w_hh"]
+    first = a["a" if "a" in a else "da" if "da" in a else "w_hh"]
     if any(t.layout != torch.strided or t.dtype != first.dtype or t.device != first.device
            or t.dim() != (1 if name == "bias" else 2) for name, t in tensors.items()):
         return False
     if "a" in a:
         return a["a"].shape[1] == a["b"].shape[0]
-    H, sizes, B = a["w_hh"].shape[1], a["sizes"], a["c0"].shape[0]
+    B, H = a["h0" if "da" in a else "c0"].shape
+    sizes = a["sizes"]
     N, I = (a["x"].shape if "x" in a else (a["gates"].shape[0], 0))
     shapes = {"x": (N, I), "w_ih": (4 * H, I), "bias": (4 * H,), "h0": (B, H), "c0": (B, H),
-              "w_hh": (4 * H, H), "dh": (N, H), "dc": (N, H), "c": (N, H), "gates": (N, 4 * H)}
+              "w_hh": (4 * H, H), "dh": (N, H), "dc": (N, H), "c": (N, H), "gates": (N, 4 * H),
+              "da": (N, 4 * H), "h": (N, H)}
     return (H > 0 and first.dtype in TYPES and all(t.shape == shapes[n] for n, t in tensors.items())
             and sizes == sorted(sizes, reverse=True) and sum(sizes) == N
             and (not sizes or sizes[0] == B and sizes[-1] >= 0))
@@ -214,13 +231,20 @@ def attack(name, seed):
         expected = exact(*(torch.ones_like(t, dtype=torch.float64, device="cpu")
                            if isinstance(t, torch.Tensor) else t for t in a.values()))
         assert [(t.shape, t.stride(), t.dtype) for t in results] == [
-            (t.shape, torch.empty(t.shape).stride(), dtype) for t in expected]
+            (t.shape, torch.empty(t.shape).stride(), type_of_results(name, dtype))
+            for t in expected]
         return "traced"
     compare(name, a, results)
     if mode is torch.enable_grad and leaves and results[0].numel():
         with pytest.raises(RuntimeError, match="derivative for rnn::.* is not implemented"):
             results[0].sum().backward()
     return "right"
+
+
+def type_of_results(name, dtype):
+    """The weights' gradients are never rounded to bfloat16."""
+    low = name == "lstm_weight_gradients" and dtype == torch.bfloat16
+    return torch.float32 if low else dtype
 
 
 def compare(name, a, results):

@@ -54,6 +54,19 @@ def test_char_lm_shapes_and_carried_state(vocab, ids, cell, options):
         assert not torch.equal(model.train()(x)[0], whole)  # dropout is at work
 
 
+@pytest.mark.parametrize("cell", rnn.CELLS)
+@pytest.mark.parametrize("options", [{}, {"one_hot": True}, {"layers": 2, "dropout": 0.5}], ids=str)
+def test_step_by_step_equals_all_at_once(vocab, ids, cell, options):
+    model = small(vocab, cell=cell, **options).double().eval()
+    x = ids[:60].view(3, 20)
+    whole, end = model(x)
+    state = model.init_state(3)
+    for t in range(20):
+        logits, state = model.step(x[:, t], state)
+        torch.testing.assert_close(logits, whole[:, t], **TIGHT)
+    rnn.map_state(lambda a, b: torch.testing.assert_close(a, b, **TIGHT), state, end)
+
+
 def test_char_lm_equals_torch_modules(vocab, ids):
     model = small(vocab).double()
     theirs = nn.LSTM(8, 12, dtype=torch.float64)
