@@ -253,11 +253,13 @@ def compare(name, a, results):
     if name == "lstm_forward" and a["save"]:  # where c is NaN so may be the gates
         lost = expected[1].isnan().repeat(1, 4)
         results, expected = ([*r[:2], r[2].masked_fill(lost, 0)] for r in (results, expected))
+    dtype = next(t for t in a.values() if isinstance(t, torch.Tensor)).dtype
     for t, e in zip(results, expected, strict=True):
-        assert t.shape == e.shape and t.is_contiguous()
+        assert t.shape == e.shape and t.is_contiguous() and t.dtype == type_of_results(name, dtype)
+        t = t.to(dtype)
         assert torch.equal(t.isnan(), e.isnan())
         assert torch.equal(t[e.isinf()].double(), e[e.isinf()])
-        close([t[e.isfinite()]], [e[e.isfinite()]], next(iter(a.values())).dtype, times=64)
+        close([t[e.isfinite()]], [e[e.isfinite()]], dtype, times=64)
 
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
