@@ -136,7 +136,7 @@ def listen(rnn, model, ids):
     with rnn.evaluating(model):
         state = model.init_state(1)
         for chunk in ids.split(1000):  # a trace takes memory
-            h, state, traces = model.rnn.trace(rnn.embed_ids(model, chunk[:, None]), state)
+            h, state, traces = model.rnn.trace(model.embed(chunk[:, None]), state)
             seen = [t["c"].tanh() if "c" in t else t["h"] for t in traces]  # (T, 1, H) each
             cells.append(torch.cat(seen, dim=-1)[:, 0].cpu())
             if gate:
@@ -455,11 +455,11 @@ def main(argv=None):
         raise ValueError("--show needs a checkpoint to look into: --sample CKPT")
     if args.sample:
         model, vocab, training = rnn.load(args.sample, device)
+        if args.show:
+            return look_inside(rnn, model, vocab, training, args)
         if not isinstance(model, rnn.CharLM):
             raise ValueError(f"{args.sample} is a {type(model).__name__}, which cannot write: "
                              "a CharLM can")
-        if args.show:
-            return look_inside(rnn, model, vocab, training, args)
         build_fused(rnn, model.config["cell"])
         return sample(model, vocab)
 
