@@ -511,6 +511,7 @@ def main(argv=None):
                        notes={**settings, **length, "sha256": digest},
                        **{**settings, **length, "dtype": dtype})
     if started_by_torchrun:
+        torch.distributed.barrier()  # none leaves while another still talks to it
         torch.distributed.destroy_process_group()
     if rank > 0:
         return

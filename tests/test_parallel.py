@@ -221,4 +221,5 @@ def test_the_script_in_two_processes_and_on_in_one(tmp_path, text, capsys):
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     globals()[sys.argv[1]](pathlib.Path(sys.argv[2]), dist.get_rank())
+    dist.barrier()  # none leaves while another still talks to it
     dist.destroy_process_group()
