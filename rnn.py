@@ -1013,8 +1013,8 @@ def load(path, device="cpu"):
     try:
         with open(path, "rb") as file:
             archive = zipfile.ZipFile(file)
-            # torch.load compares no checksums, and leaves memory as it happens to be for a part that
-            # is marked as a folder.
+            # torch.load compares no checksums, and leaves memory as it happens to be for a part
+            # that is marked as a folder.
             folders = [part.filename for part in archive.infolist() if part.external_attr & 0x10]
             wrong = archive.testzip() or "".join(folders[:1])
             if wrong:
