@@ -624,8 +624,7 @@ class CharLM(Model):
 
     def step(self, ids, state):
         """One symbol of each sequence, ids (B,) -> logits (B, V) and the state after it: what
-        forward gives without dropout, but with nothing done beside the products (sampling, symbol
-        by symbol, otherwise takes half of its time for what layers do around them)."""
+        forward gives without dropout, but quicker, with nothing done beside the products."""
         state = (state,) if self.rnn.states == 1 else state
         x, ends = self.embed(ids), []  # (B, I)
         for k in range(self.rnn.num_layers):
