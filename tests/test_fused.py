@@ -377,7 +377,7 @@ def test_weight_gradients(B, I, H, sizes, dtype, reverse, cpu):
             again = compute(da, x, h, h0, sizes, reverse)
         finally:
             torch.set_num_threads(before)
-        if cpu == "amx":  # else they are torch's
+        if cpu == "amx" and dtype != torch.float64:  # else the products are torch's
             assert all(torch.equal(a, b) for a, b in zip(ours, again))
     torch.library.opcheck(compute, (da, x, h, h0, sizes, reverse))
     da[1, 2] = float("inf")
