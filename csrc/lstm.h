@@ -118,4 +118,30 @@ inline void check_sizes(at::IntArrayRef sizes, int64_t B, int64_t N) {
   TORCH_CHECK(left == 0, "lstm: sizes add up to ", N - left, ", but the input has ", N, " rows");
 }
 
+inline void check_forward(const at::Tensor& x, const at::Tensor& w_ih, const at::Tensor& bias,
+                          const at::Tensor& h0, const at::Tensor& c0, const at::Tensor& w_hh,
+                          at::IntArrayRef sizes) {
+  const int64_t H = check_w_hh(w_hh);
+  TORCH_CHECK(x.dim() == 2 && h0.dim() == 2, "lstm: x and h0 must have 2 dimensions, got ",
+              x.dim(), " and ", h0.dim());
+  const int64_t N = x.size(0), I = x.size(1), B = h0.size(0);
+  check_matrix("x", x, w_hh, N, I), check_matrix("w_ih", w_ih, w_hh, 4 * H, I);
+  check_matrix("bias", bias.unsqueeze(0), w_hh, 1, 4 * H);
+  check_matrix("h0", h0, w_hh, B, H), check_matrix("c0", c0, w_hh, B, H);
+  check_sizes(sizes, B, N);
+}
+
+inline void check_backward(const at::Tensor& dh, const std::optional<at::Tensor>& dc,
+                           const at::Tensor& gates, const at::Tensor& c, const at::Tensor& c0,
+                           const at::Tensor& w_hh, at::IntArrayRef sizes) {
+  const int64_t H = check_w_hh(w_hh);
+  TORCH_CHECK(gates.dim() == 2 && c0.dim() == 2, "lstm: gates and c0 must have 2 dimensions, got ",
+              gates.dim(), " and ", c0.dim());
+  const int64_t N = gates.size(0), B = c0.size(0);
+  check_matrix("dh", dh, w_hh, N, H), check_matrix("gates", gates, w_hh, N, 4 * H);
+  check_matrix("c", c, w_hh, N, H), check_matrix("c0", c0, w_hh, B, H);
+  if (dc) check_matrix("dc", *dc, w_hh, N, H);
+  check_sizes(sizes, B, N);
+}
+
 }  // namespace rnn

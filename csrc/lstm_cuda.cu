@@ -544,14 +544,8 @@ bool try_persistent_backward(const Problem& p, const at::Tensor& dh, const at::T
 Three forward_cuda(const at::Tensor& x, const at::Tensor& w_ih, const at::Tensor& bias,
                    const at::Tensor& h0, const at::Tensor& c0, const at::Tensor& w_hh,
                    at::IntArrayRef sizes, bool reverse, bool save) {
-  const int64_t H = check_w_hh(w_hh);
-  TORCH_CHECK(x.dim() == 2 && h0.dim() == 2, "lstm: x and h0 must have 2 dimensions, got ",
-              x.dim(), " and ", h0.dim());
-  const int64_t N = x.size(0), I = x.size(1), B = h0.size(0);
-  check_matrix("x", x, w_hh, N, I), check_matrix("w_ih", w_ih, w_hh, 4 * H, I);
-  check_matrix("bias", bias.unsqueeze(0), w_hh, 1, 4 * H);
-  check_matrix("h0", h0, w_hh, B, H), check_matrix("c0", c0, w_hh, B, H);
-  check_sizes(sizes, B, N);
+  check_forward(x, w_ih, bias, h0, c0, w_hh, sizes);
+  const int64_t N = x.size(0), B = h0.size(0), H = h0.size(1);
   const c10::cuda::CUDAGuard guard(w_hh.device());
   const auto like = w_hh.options();
   const at::Tensor h = at::empty({N, H}, like), c = at::empty({save ? N : B, H}, like);
@@ -579,14 +573,8 @@ Three forward_cuda(const at::Tensor& x, const at::Tensor& w_ih, const at::Tensor
 Three backward_cuda(const at::Tensor& dh, const std::optional<at::Tensor>& dc,
                     const at::Tensor& gates, const at::Tensor& c, const at::Tensor& c0,
                     const at::Tensor& w_hh, at::IntArrayRef sizes, bool reverse) {
-  const int64_t H = check_w_hh(w_hh);
-  TORCH_CHECK(gates.dim() == 2 && c0.dim() == 2, "lstm: gates and c0 must have 2 dimensions, got ",
-              gates.dim(), " and ", c0.dim());
-  const int64_t N = gates.size(0), B = c0.size(0);
-  check_matrix("dh", dh, w_hh, N, H), check_matrix("gates", gates, w_hh, N, 4 * H);
-  check_matrix("c", c, w_hh, N, H), check_matrix("c0", c0, w_hh, B, H);
-  if (dc) check_matrix("dc", *dc, w_hh, N, H);
-  check_sizes(sizes, B, N);
+  check_backward(dh, dc, gates, c, c0, w_hh, sizes);
+  const int64_t N = gates.size(0), B = c0.size(0), H = c0.size(1);
   const c10::cuda::CUDAGuard guard(w_hh.device());
   const auto like = w_hh.options();
   const at::Tensor da = at::empty({N, 4 * H}, like), dc0 = at::zeros({B, H}, like);

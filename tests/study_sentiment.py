@@ -20,9 +20,9 @@ import rnn
 SENTENCES = [("电影 好看", 1), ("饭菜 难吃", 0), ("天气 糟糕", 0), ("音乐 好听", 1),
              ("电影 难看", 0), ("饭菜 好吃", 1)]
 # What comes after 但 (but) decides. It and some of the other words never occur in the six.
-HARDER = [("剧情 一般 但 演技 好", 1), ("饭菜 好吃 但 分量 少", 0), ("天气 糟糕 但 心情 好", 1),
-          ("电影 好看 但 心情 糟糕", 0), ("饭菜 难吃 但 音乐 好听", 1),
-          ("音乐 好听 但 电影 难看", 0)]
+HARDER = [("剧情 一般 但 演技 好", 1), ("饭菜 好吃 但 分量 少", 0),
+          ("天气 糟糕 但 心情 好", 1), ("电影 好看 但 心情 糟糕", 0),
+          ("饭菜 难吃 但 音乐 好听", 1), ("音乐 好听 但 电影 难看", 0)]
 STACKS = ((1, False), (2, False), (3, False), (1, True))  # layers, bidirectional
 
 
