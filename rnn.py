@@ -1,8 +1,11 @@
 """Recurrent networks in one file: cells, layers, models, training and sampling in pure PyTorch.
 
 `rnn.RNN`, `rnn.LSTM` and `rnn.GRU` take the place of torch.nn's: the same arguments, parameter
-names, gate order, initial values, shapes and results. To be read from top to bottom. Nothing is
-imported beside torch and Python's own library.
+names, gate order, initial values, shapes and results. To be read from top to bottom: the first
+third is the networks, the rest what one does with them. Nothing is needed beside torch.
+
+Contents     cells, layers, the fused LSTM (optional), models, text, evaluation, sampling,
+             checkpoints, training
 
 Dimensions   T  time steps (symbols in a chunk of text)    I  features that a layer reads
              B  batch (sequences side by side)             H  hidden units of a layer
@@ -11,13 +14,14 @@ Dimensions   T  time steps (symbols in a chunk of text)    I  features that a la
              P  width of h in an LSTM with projection (proj_size); else h is H wide, as c is
 
 Equations    x input, h hidden state, c cell state, ' new value, * elementwise product. For all
-             gates at once a = W_ih x + b_ih + W_hh h + b_hh with W_ih (G*H, I) and W_hh (G*H, H);
-             every gate takes its own H rows of a.
+             gates at once a = W_ih x + b_ih + W_hh h + b_hh with W_ih (G*H, I) and W_hh (G*H, H),
+             projected (G*H, P). H rows of a belong to each gate, in the order i f g o or r z n:
   RNN        h' = tanh(a)  or  relu(a)
-  LSTM       i, f, o = sigmoid(a);  g = tanh(a)         input, forget, output gate; candidate
+  LSTM       i = sigmoid(a_i);  f = sigmoid(a_f)        input gate, forget gate
+             g = tanh(a_g);     o = sigmoid(a_o)        candidate, output gate
              c' = f * c + i * g                         forget some, add some
              h' = o * tanh(c')                          show some; projected: W_hr (o * tanh(c'))
-  GRU        r, z = sigmoid(a)                          reset and update gate
+  GRU        r = sigmoid(a_r);  z = sigmoid(a_z)        reset gate, update gate
              n = tanh(W_in x + b_in + r * (W_hn h + b_hn))
              h' = (1 - z) * n + z * h                   renew some, keep some
 
@@ -58,6 +62,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 # a tuple, (h,) or (h, c); and p, the parameters of its layer as attributes by torch's names. It
 # returns a dict of all that it computed, which begins with the new state, in order. So a cell of
 # your own is one short function, and nothing that happens inside is hidden: see `RNNBase.trace`.
+# (Only inside is a state always a tuple. What layers take and return is as in torch.nn: for RNN and
+# GRU the tensor h, for LSTM the tuple (h, c).)
 
 
 def rnn_step(gx, state, p):
@@ -115,7 +121,8 @@ def layer_norm_lstm_step(gx, state, p):
     """Ba et al. 2016: both products are normalized, before the biases are added; so is c' on its
     way to h', but not on its way to the next step."""
     h, c = state  # (B, H) each
-    b_ih, b_hh = (0, 0) if p.bias_ih is None else (p.bias_ih, p.bias_hh)  # b_ih is part of gx
+    b_ih, b_hh = (0, 0) if p.bias_ih is None else (p.bias_ih, p.bias_hh)
+    # gx is W_ih x + b_ih, but only W_ih x is to be normalized: take b_ih out, add it afterwards.
     a = F.layer_norm(gx - b_ih, gx.shape[-1:], p.norm_ih) + b_ih + b_hh
     a = a + F.layer_norm(F.linear(h, p.weight_hh), gx.shape[-1:], p.norm_hh)  # (B, 4H)
     i, f, g, o = a.chunk(4, dim=-1)  # 4 x (B, H)
@@ -133,19 +140,17 @@ def map_state(function, *states):
 
 
 class Parameters:
-    """The parameters of one direction of one layer, as attributes (a SimpleNamespace would do, but
-    torch.compile cannot see through that)."""
+    """The parameters of one direction of one layer, as attributes."""
 
-    def __init__(self, **values):
-        for name, value in values.items():
-            setattr(self, name, value)
+    def __init__(self, **values):  # torch.compile cannot see through a SimpleNamespace
+        self.__dict__.update(values)
 
 
 def scan(step, gx, sizes, state, p, reverse=False, keep=False):
     """Run one cell over time, for sequences of any lengths.
 
-    All steps stand below each other as rows, each step with the sequences that still last, the
-    longest first (as in torch's PackedSequence). Three sequences a, b, c of 3, 2 and 1 steps:
+    The steps are blocks of rows, one below the other: block t holds step t of every sequence that
+    has one, the longest sequence first (torch's PackedSequence). With a, b, c of 3, 2 and 1 steps:
 
         rows  a0 b0 c0 | a1 b1 | a2        sizes  [3, 2, 1]        equally long: sizes = [B] * T
 
@@ -161,9 +166,58 @@ def scan(step, gx, sizes, state, p, reverse=False, keep=False):
         n, B = sizes[t], len(state[0])
         new = step(rows[t], state if n == B else tuple(s[:n] for s in state), p)
         state = tuple(new[name] if n == B else torch.cat((new[name], s[n:]))
-                      for name, s in zip(new, state))
+                      for name, s in zip(new, state))  # the first entries of new, as many as s
         kept[t] = new if keep else {"h": new["h"]}
     return {name: torch.cat([new[name] for new in kept]) for name in kept[0]}, state
+
+
+# ----------------------------------------------------------------------------------------------
+# The fused LSTM, optional: csrc/ does what `plain_lstm` does in native code, where it is built.
+# RNN_FUSED=0 in the environment: never use it; 1: fail without it; unset: if it is there.
+
+
+def plain_lstm(x, h0, c0, w_ih, bias, w_hh, sizes, reverse):
+    """h and c (N, H) after every row's step, from x (N, I): one direction of one layer."""
+    p = Parameters(weight_hh=w_hh, bias_hh=None, weight_hr=None)
+    steps, _ = scan(lstm_step, F.linear(x, w_ih, bias), sizes, (h0, c0), p, reverse, keep=True)
+    return steps["h"], steps["c"]
+
+
+FUSED = os.environ.get("RNN_FUSED", "")
+if FUSED not in ("", "0", "1"):
+    raise ValueError(f"RNN_FUSED must be 0, 1 or unset, got '{FUSED}'")
+fused = None  # csrc/__init__.py as a module, once it is loaded
+
+
+def build():
+    """Compile csrc/, unless that has been done, and let every LSTM use it from now on. Takes a C++
+    compiler, ninja and half a minute; torch keeps the result. Raises RuntimeError if it fails."""
+    global fused
+    if fused:
+        return
+    if FUSED == "0":
+        raise RuntimeError("RNN_FUSED=0 in the environment forbids the fused LSTM")
+    source = os.path.join(os.path.dirname(os.path.abspath(__file__)), "csrc", "__init__.py")
+    try:
+        # Under the name that the package of setup.py has: whoever asks for rnn_C gets this one.
+        spec = importlib.util.spec_from_file_location("rnn_C", source)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        module.compile_and_load()
+        sys.modules["rnn_C"] = module  # where torch.compile looks its functions up
+    except Exception as error:  # no compiler, no ninja, no csrc/, an error of the compiler
+        raise RuntimeError(f"the fused LSTM could not be built: {error}") from error
+    fused = module
+
+
+if FUSED != "0" and importlib.util.find_spec("rnn_C"):  # from setup.py
+    try:
+        fused = importlib.import_module("rnn_C")
+        fused.load()
+    except (ImportError, OSError, RuntimeError) as error:
+        fused = None
+        warnings.warn("rnn_C does not fit this Python, torch or CPU, so LSTM runs its plain path; "
+                      f"build it anew with python setup.py develop ({error})", stacklevel=2)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -175,12 +229,13 @@ class RNNBase(nn.Module):
     TypeError and ValueError for the arguments, ValueError and RuntimeError for the input.
 
     To run a cell of your own through every option, derive from RNN, LSTM or GRU and replace `step`,
-    by a staticmethod; for further parameters add their shapes to what `shapes` returns.
+    as a staticmethod, and `gates` and `states` if they differ; for further parameters add their
+    shapes to what `shapes` returns.
     """
 
     step, gates, states = None, 1, 1  # the cell; its gate blocks; tensors in its state
     nonlinearity = "tanh"
-    variational = False  # dropout: one mask for a whole sequence, not one for every step
+    variational = False  # set it to True for dropout by one mask for all steps of a sequence
 
     def __init__(self, input_size, hidden_size, num_layers=1, bias=True, batch_first=False,
                  dropout=0.0, bidirectional=False, proj_size=0, device=None, dtype=None):
@@ -208,7 +263,7 @@ class RNNBase(nn.Module):
                                 f"got: {type(value).__name__}")
         p, size = self.dropout, self.proj_size
         number = isinstance(p, (int, float)) and not isinstance(p, bool)
-        projects = 0 < size < self.hidden_size and self.gates == 4
+        projects = 0 < size < self.hidden_size and isinstance(self, LSTM)
         for name, fine, wanted in (
             ("input_size", self.input_size > 0, "must be greater than zero"),
             ("hidden_size", self.hidden_size > 0, "must be greater than zero"),
@@ -220,14 +275,14 @@ class RNNBase(nn.Module):
                 raise ValueError(f"{name} {wanted}, got {getattr(self, name)}")
         if p and self.num_layers == 1:
             warnings.warn("dropout acts between layers and so needs num_layers greater than 1, "
-                          f"but got dropout={p} and num_layers=1", stacklevel=4)
+                          f"but got dropout={p} and num_layers=1", stacklevel=3)
 
     def _suffix(self, k, d):
         """What the names of parameters in layer k, direction d, end with."""
         return f"_l{k}_reverse" if d else f"_l{k}"
 
     def shapes(self, reads):
-        """The parameters of one direction of one layer that reads so many features."""
+        """The parameters of one direction of a layer whose input has `reads` features."""
         rows = self.gates * self.hidden_size
         shapes = {"weight_ih": (rows, reads), "weight_hh": (rows, self.output_size)}
         if self.bias:
@@ -256,8 +311,9 @@ class RNNBase(nn.Module):
         return self._run(input, hx, keep=True)
 
     def _as_rows(self, input):
-        """The input as rows for `scan`, (N, I), so that all that follows knows one layout only; the
-        number of rows of each step; and a function that gives results the input's layout."""
+        """The input in the one layout that all that follows knows, rows as for `scan`, (N, I); the
+        rows of each step; and three functions: one gives results the input's layout, one brings
+        (layers * directions, B, H) of a state into the rows' order, one brings it back."""
         packed = isinstance(input, PackedSequence)
         x, weight = input.data if packed else input, getattr(self, "weight_ih" + self._suffix(0, 0))
         if not packed and x.dim() not in (2, 3):
@@ -271,7 +327,10 @@ class RNNBase(nn.Module):
             raise RuntimeError(f"Expected input.size(-1) {self.input_size} on {weight.device}, "
                                f"got {x.shape[-1]} on {x.device}")
         if packed:
-            return x, input.batch_sizes.tolist(), lambda rows: PackedSequence(rows, *input[1:])
+            order, back = input.sorted_indices, input.unsorted_indices
+            return (x, input.batch_sizes.tolist(), lambda rows: PackedSequence(rows, *input[1:]),
+                    lambda s: s if order is None else s[:, order],
+                    lambda s: s if back is None else s[:, back])
         single = x.dim() == 2
         x = x[:, None] if single else x.transpose(0, 1) if self.batch_first else x  # (T, B, I)
         T, B = x.shape[:2]
@@ -282,32 +341,31 @@ class RNNBase(nn.Module):
             y = rows.view(T, B, rows.shape[-1])
             return y[:, 0] if single else y.transpose(0, 1) if self.batch_first else y
 
-        return x.reshape(T * B, self.input_size), [B] * T, undo
+        return (x.reshape(T * B, self.input_size), [B] * T, undo,
+                lambda s: s[:, None] if single else s, lambda s: s[:, 0] if single else s)
 
-    def _initial_state(self, input, hx, x, B):
+    def _initial_state(self, hx, x, B, arrange, restore):
         """hx, checked, or zeros: a tuple of (layers * directions, B, H)."""
-        single = not isinstance(input, PackedSequence) and input.dim() == 2
-        rows = self.num_layers * self.directions
         widths = (self.output_size, self.hidden_size)[: self.states]
+        zeros = tuple(x.new_zeros(self.num_layers * self.directions, B, width) for width in widths)
         if hx is None:
-            return tuple(x.new_zeros(rows, B, width) for width in widths)
+            return zeros
         state = (hx,) if self.states == 1 else tuple(hx)
         if len(state) != self.states or not all(isinstance(s, torch.Tensor) for s in state):
             raise TypeError(f"{type(self).__name__}: Expected hx to be "
-                            f"{('a tensor', 'a tuple (h, c)')[self.states - 1]}, got {type(hx)}")
-        for k, (s, width) in enumerate(zip(state, widths)):
-            shape = (rows, width) if single else (rows, B, width)
+                            f"{('a tensor', 'a tuple (h, c)')[self.states - 1]}, got "
+                            f"{type(hx).__name__} of {[type(s).__name__ for s in state]}")
+        for k, (s, zero) in enumerate(zip(state, zeros)):
             same_type = s.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
-            if s.shape != shape or s.device != x.device or not same_type:
-                raise RuntimeError(f"Expected hidden[{k}] size {shape}, {x.dtype} on {x.device}, "
-                                   f"got {list(s.shape)}, {s.dtype} on {s.device}")
-        if isinstance(input, PackedSequence) and input.sorted_indices is not None:
-            return tuple(s.index_select(1, input.sorted_indices) for s in state)
-        return tuple(s[:, None] if single else s for s in state)
+            if s.shape != restore(zero).shape or s.device != x.device or not same_type:
+                raise RuntimeError(f"Expected hidden[{k}] size {tuple(restore(zero).shape)}, "
+                                   f"{x.dtype} on {x.device}, got {list(s.shape)}, {s.dtype} on "
+                                   f"{s.device}")
+        return tuple(arrange(s) for s in state)
 
     def _run(self, input, hx, keep):
-        x, sizes, undo = self._as_rows(input)  # (N, I)
-        state = self._initial_state(input, hx, x, sizes[0])  # (layers * directions, B, H) each
+        x, sizes, undo, arrange, restore = self._as_rows(input)  # (N, I)
+        state = self._initial_state(hx, x, sizes[0], arrange, restore)
         ends, traces = [], []
         for k in range(self.num_layers):
             if k > 0 and self.variational:
@@ -323,15 +381,11 @@ class RNNBase(nn.Module):
                 ends.append(end)
                 traces.append({name: undo(rows) for name, rows in steps.items()})
             x = torch.cat(outputs, dim=-1) if self.bidirectional else outputs[0]
-        state = tuple(torch.stack(s) for s in zip(*ends))  # (layers * directions, B, H) each
+        state = tuple(restore(torch.stack(s)) for s in zip(*ends))  # (layers * directions, B, H)
         if (self.states == 2 and torch.is_autocast_enabled(x.device.type)
-                and x.dtype != torch.float64):  # as torch.nn.LSTM
+                and x.dtype != torch.float64):  # c is summed in float32, torch.nn.LSTM's is low
             low = torch.get_autocast_dtype(x.device.type)
             x, state = x.to(low), tuple(s.to(low) for s in state)
-        if not isinstance(input, PackedSequence):
-            state = tuple(s[:, 0] if input.dim() == 2 else s for s in state)
-        elif input.unsorted_indices is not None:
-            state = tuple(s.index_select(1, input.unsorted_indices) for s in state)
         return undo(x), state if self.states == 2 else state[0], traces
 
     def _direction(self, x, sizes, state, p, reverse, keep):
@@ -362,73 +416,30 @@ class RNNBase(nn.Module):
 class RNN(RNNBase):
     step = staticmethod(rnn_step)
 
-    def __init__(self, input_size, hidden_size, num_layers=1, nonlinearity="tanh", *args, **kw):
+    def __init__(self, input_size, hidden_size, num_layers=1, nonlinearity="tanh", bias=True,
+                 batch_first=False, dropout=0.0, bidirectional=False, proj_size=0, device=None,
+                 dtype=None):
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select 'tanh' or 'relu'.")
         self.nonlinearity = nonlinearity
-        super().__init__(input_size, hidden_size, num_layers, *args, **kw)
+        super().__init__(input_size, hidden_size, num_layers, bias, batch_first, dropout,
+                         bidirectional, proj_size, device, dtype)
 
 
 class LSTM(RNNBase):
     step, gates, states = staticmethod(lstm_step), 4, 2
 
     def _direction(self, x, sizes, state, p, reverse, keep):
-        if FUSED == "1" and fused is None:
+        others = keep or self.proj_size or self.step is not lstm_step  # not what csrc/ computes
+        if FUSED == "1" and not fused and not others:
             raise RuntimeError("RNN_FUSED=1, but the fused LSTM is not built: run python setup.py "
                                "develop, or call rnn.build()")
-        if (keep or self.proj_size or self.step is not lstm_step
-                or not (fused and fused.can_run(x) and fused.pays_off(x, sizes))):
+        if others or not (fused and fused.can_run(x) and fused.pays_off(x, sizes)):
             return super()._direction(x, sizes, state, p, reverse, keep)
         bias = p.bias_ih + p.bias_hh if self.bias else p.weight_hh.new_zeros(len(p.weight_hh))
         inputs = (x, *state, p.weight_ih, bias, p.weight_hh)
         h, end = fused.lstm(*inputs, sizes, reverse, plain_lstm)
         return {"h": h}, end
-
-
-# The fused LSTM, optional: csrc/ does the work of `LSTM._direction` in native code, where it is
-# built. RNN_FUSED=0 in the environment: never use it; 1: fail without it; unset: if it is there.
-
-FUSED = os.environ.get("RNN_FUSED", "")
-if FUSED not in ("", "0", "1"):
-    raise ValueError(f"RNN_FUSED must be 0, 1 or unset, got '{FUSED}'")
-fused = None  # csrc/__init__.py as a module, once it is loaded
-
-
-def build():
-    """Compile csrc/, unless that has been done, and let every LSTM use it from now on. Takes a C++
-    compiler, ninja and half a minute; torch keeps the result. Raises RuntimeError if it fails."""
-    global fused
-    if fused:
-        return
-    if FUSED == "0":
-        raise RuntimeError("RNN_FUSED=0 in the environment forbids the fused LSTM")
-    source = os.path.join(os.path.dirname(os.path.abspath(__file__)), "csrc", "__init__.py")
-    try:
-        spec = importlib.util.spec_from_file_location("rnn_C", source)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        module.compile_and_load()
-        sys.modules["rnn_C"] = module  # where torch.compile looks its functions up
-    except Exception as error:  # no compiler, no ninja, no csrc/, an error of the compiler
-        raise RuntimeError(f"the fused LSTM could not be built: {error}") from error
-    fused = module
-
-
-def plain_lstm(x, h0, c0, w_ih, bias, w_hh, sizes, reverse):
-    """What the fused LSTM computes: h and c (N, H) after every row's step, from x (N, I)."""
-    p = Parameters(weight_hh=w_hh, bias_hh=None, weight_hr=None)
-    steps, _ = scan(lstm_step, F.linear(x, w_ih, bias), sizes, (h0, c0), p, reverse, keep=True)
-    return steps["h"], steps["c"]
-
-
-if FUSED != "0" and importlib.util.find_spec("rnn_C"):  # from setup.py
-    try:
-        fused = importlib.import_module("rnn_C")
-        fused.load()
-    except (ImportError, OSError, RuntimeError) as error:
-        fused = None
-        warnings.warn("rnn_C does not fit this Python, torch or CPU, so LSTM runs its plain path; "
-                      f"build it anew with python setup.py develop ({error})", stacklevel=2)
 
 
 class GRU(RNNBase):
@@ -462,9 +473,10 @@ class LayerNormLSTM(LSTM):
 
 
 class CellBase:
-    """What makes a cell of torch.nn's kind of a layer: it runs for one step, and its parameters'
-    names have no suffix. input (B, I) or (I,); hx (B, H) or (H,), for LSTM a tuple (h, c), absent
-    means zeros. Returns the new state. Errors are the layers'."""
+    """torch.nn's cells: a layer that runs for one step, and whose parameters' names have no suffix.
+    Stands before the layer in a cell's bases, and so takes the place of some of its methods.
+    input (B, I) or (I,); hx (B, H) or (H,), for LSTM a tuple (h, c), absent means zeros. Returns
+    the new state. Errors are the layers', in whose shapes a 1 stands first: of one layer."""
 
     def __init__(self, input_size, hidden_size, bias=True, device=None, dtype=None):
         super().__init__(input_size, hidden_size, bias=bool(bias), device=device, dtype=dtype)
@@ -511,23 +523,21 @@ def initialize(module):
     input weights Xavier and recurrent weights orthogonal, each gate's block on its own; biases 0,
     but 1 for the forget gate, so that an LSTM begins by remembering. torch has two biases that are
     added, so only b_ih gets the 1: setting both would make it 2."""
-    per_gate = {"weight_ih": nn.init.xavier_uniform_, "weight_hh": nn.init.orthogonal_}
     for layer in module.modules():
-        if isinstance(layer, nn.Linear):
-            nn.init.xavier_uniform_(layer.weight)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
-        for name, value in layer.named_parameters() if isinstance(layer, RNNBase) else ():
-            fill = per_gate.get(name[: len("weight_ih")])
-            if fill:
-                for block in value.chunk(layer.gates):  # (H, I) or (H, H) each
-                    fill(block)
-            elif name.startswith("weight_hr"):
-                nn.init.xavier_uniform_(value)
-            elif name.startswith("bias"):
+        if not isinstance(layer, (RNNBase, nn.Linear)):
+            continue
+        gates = getattr(layer, "gates", 1)
+        for name, value in layer.named_parameters():
+            if name.startswith("bias"):
                 nn.init.zeros_(value)
-                if name.startswith("bias_ih") and layer.states == 2:
-                    nn.init.ones_(value.chunk(4)[1])  # i, f, g, o
+            elif name.startswith("weight_hh"):
+                for block in value.chunk(gates):  # (H, H) each
+                    nn.init.orthogonal_(block)
+            elif name.startswith("weight") and value.dim() == 2:  # W_ih, W_hr, a Linear's
+                for block in value.chunk(gates if name.startswith("weight_ih") else 1):
+                    nn.init.xavier_uniform_(block)
+            if name.startswith("bias_ih") and isinstance(layer, LSTM):
+                nn.init.ones_(value.chunk(4)[1])  # i, f, g, o
     return module
 
 
@@ -568,6 +578,7 @@ class Model(nn.Module):
 
     def __init__(self, config, padding_idx=None):
         super().__init__()
+        # locals() also holds self, and __class__ where super() is called.
         self.config = {k: v for k, v in config.items() if k not in ("self", "__class__")}
         self.vocab_size, one_hot = config["vocab_size"], config.get("one_hot")
         self.reads = self.vocab_size if one_hot else config["embed"]  # I of the first layer
@@ -611,7 +622,7 @@ class CharLM(Model):
 
     def drop(self, x, dropout):  # (T, B, features)
         if self.rnn.variational:
-            return x * dropout(torch.ones_like(x[:1]))  # (1, B, features), for all T
+            return x * dropout(torch.ones_like(x[:1]))  # (1, B, features): a mask for all T
         return dropout(x)
 
     def forward(self, ids, state=None):
@@ -643,9 +654,10 @@ class CharLM(Model):
 
 
 class Classifier(Model):
-    """N -> 1: what class a sequence is of. Embedding, layers, and an output that reads the last
-    valid hidden state of each direction of the last layer. Two classes have two logits, too: their
-    difference is what a single logit would be. Arguments as of CharLM; index 0 is padding."""
+    """N -> 1: classifies a sequence. Embedding, layers, and an output that reads the last valid
+    hidden state of each direction of the last layer. Two classes have two logits, too: their
+    difference is what a single logit would be. Arguments as of CharLM; index 0 is padding, as in a
+    vocabulary with SPECIALS: a symbol there would never be learnt."""
 
     def __init__(self, vocab_size, classes=2, embed=64, hidden=128, layers=1, cell="lstm",
                  dropout=0.0, bidirectional=False, one_hot=False):
@@ -710,8 +722,8 @@ class Seq2Seq(Model):
         return self.decode(target, *self.encode(source, lengths))[:2]
 
     def translate(self, source, lengths, beam=1, length=100):
-        """The decoder reads its own output, to EOS or for `length` symbols. beam: so many targets
-        are kept at every step, the likeliest so far; 1 is greedy. Returns the best target of each
+        """The decoder reads its own output, to EOS or for `length` symbols. beam: how many targets,
+        the likeliest so far, are kept at every step; 1 is greedy. Returns the best target of each
         source: ids (B, M), all EOS after its end; ln of its probability (B,); weights (B, M, T).
         Raises ValueError for a beam or length below 1."""
         if beam < 1 or length < 1:
@@ -719,7 +731,8 @@ class Seq2Seq(Model):
         with evaluating(self):
             memory, valid, state = self.encode(source, lengths)
             B, T, V = *source.shape, self.vocab_size
-            # `beam` rows for every source, one below the other. They begin alike: one may count.
+            # `beam` rows for every source, one below the other. They begin alike, and would all
+            # choose alike: so at first only one of them has a chance.
             memory, valid = (m.repeat_interleave(beam, dim=0) for m in (memory, valid))
             state = map_state(lambda s: s.repeat_interleave(beam, dim=1), state)
             ids = source.new_full((B * beam, 1), BOS)
@@ -739,7 +752,7 @@ class Seq2Seq(Model):
                 ids = torch.cat((ids[rows], (best % V).view(-1, 1)), dim=1)
                 weights = torch.cat((weights[rows], looks[rows]), dim=1)
                 state = map_state(lambda s, rows=rows: s[:, rows], state)
-                if (ids[::beam, -1] == EOS).all():  # the others can only fall further behind
+                if (ids[::beam, -1] == EOS).all():  # topk sorts, and the others only get less
                     break
         return ids[::beam, 1:], total[:, 0], weights[::beam]
 
@@ -752,7 +765,7 @@ class Vocab:
     """Symbols <-> indices. `Vocab.of(text)` has a text's characters, sorted; with words=True its
     words, marks and spaces, the most frequent first. Either way decode(encode(text)) == text.
 
-    With "<unk>" among the symbols, what is not known becomes "<unk>"; without it, encode raises
+    With "<unk>" among the symbols, all that is unknown becomes "<unk>"; without it, encode raises
     ValueError naming what is unknown."""
 
     def __init__(self, symbols, words=False):
@@ -808,8 +821,8 @@ def pad(sequences, value=PAD):
 
 
 def buckets(lengths, batch):
-    """An epoch in batches of similar length, so that little is padded: a list of indices (B,), in
-    random order, and so are sequences of equal length."""
+    """An epoch in batches of similar length, so that little is padded: a list of indices (B,). The
+    order of the batches is random, and that of equally long sequences."""
     lengths, order = torch.as_tensor(lengths), torch.randperm(len(lengths))
     chunks = order[lengths[order].argsort(stable=True)].split(batch)
     return [chunks[k] for k in torch.randperm(len(chunks))]
@@ -819,8 +832,8 @@ class Batches:
     """Endless chunks of a text of L symbols, ids (L,), which already sit on the device.
 
     order="sequential": row b begins at symbol b * (L // batch), and every batch reads on where the
-    last one ended, so that the state can be carried over. After the end comes the beginning: that
-    one transition in L is made up. order="random": windows from anywhere, from no state each.
+    last one ended, so that the state can be carried over; after the text's end comes its beginning.
+    order="random": windows from anywhere, and each begins with a state of zeros.
     `next()` returns x, y (B, T): y holds the symbol that follows each symbol of x.
     """
 
@@ -883,9 +896,9 @@ def evaluate(model, ids, batch=64, context=256):
 
     To be quick, `batch` pieces of the text are read side by side. Each should start from the state
     in which the piece before it ends, which is not known yet: so all start from zeros, then once
-    more from the ends just found. Networks forget: soon every state is what it was in the pass
-    before. All that follows is then known, and we are done. At worst there are `batch` passes, for
-    the last piece to hear from the first. `batch` changes the result by rounding only."""
+    more from the ends just found, and so on until those stay the same. The end of a piece depends
+    little on how it began, so a few passes will do; more than `batch` never change anything.
+    float32's rounding aside, batch changes the result by less than a millionth."""
     predictions = len(ids) - 1
     if predictions < 1 or batch < 1 or context < 1:
         raise ValueError("evaluation needs a text of at least 2 symbols, batch and context of at "
@@ -893,24 +906,26 @@ def evaluate(model, ids, batch=64, context=256):
     batch = min(batch, predictions)
     length = predictions // batch
     x, y = (ids[k : k + batch * length].view(batch, length) for k in (0, 1))  # (B, length)
-    chunks = range(0, length, context)  # each begins at this column
-    losses, ends = {}, {}  # of every chunk: its loss, the state after it
+
+    def read(x, y, state):  # -> the sum of all losses, the state at the end
+        total = 0.0
+        for xk, yk in zip(x.split(context, dim=1), y.split(context, dim=1)):
+            logits, state = model(xk, state)
+            total += cross_entropy(logits, yk, reduction="sum").double()
+        return total, state
+
     with evaluating(model):
-        state = zeros = model.init_state(batch)
-        for k in range(batch * len(chunks)):  # at most
-            t = chunks[k % len(chunks)]
-            if t == 0 and k > 0:  # next pass: piece b + 1 starts where b has ended, 0 from zeros
-                state = map_state(lambda z, s: torch.cat((z[:, :1], s[:, :-1]), 1), zeros, state)
-            logits, state = model(x[:, t : t + context], state)
-            losses[t] = cross_entropy(logits, y[:, t : t + context], reduction="sum").double()
-            if t in ends and same_state(state, ends[t]):
+        start = zeros = model.init_state(batch)
+        for _ in range(batch):
+            total, end = read(x, y, start)
+            # The first piece starts from zeros, each other one where the piece before has ended.
+            before, start = start, map_state(lambda z, s: torch.cat((z[:, :1], s[:, :-1]), 1),
+                                             zeros, end)
+            if same_state(start, before):
                 break
-            ends[t] = state
-        total = sum(losses.values())
         rest = ids[None, batch * length :]  # (1, fewer than `batch` symbols to predict, and one)
-        if rest.shape[1] > 1:
-            state = map_state(lambda s: s[:, -1:].contiguous(), ends[chunks[-1]])
-            total += cross_entropy(model(rest[:, :-1], state)[0], rest[:, 1:], reduction="sum")
+        last = map_state(lambda s: s[:, -1:].contiguous(), end)
+        total += read(rest[:, :-1], rest[:, 1:], last)[0] if rest.shape[1] > 1 else 0.0
     return float(total) / predictions
 
 
@@ -929,7 +944,7 @@ def evaluate_windows(model, ids, window=256, stride=64, batch=64):
 
 
 def perplexity(model, ids, batch=64):
-    """exp of the exact loss: among how many equally likely symbols the model still wavers."""
+    """exp of the exact loss: that of a choice among so many equally likely symbols."""
     return math.exp(evaluate(model, ids, batch))
 
 
@@ -1105,98 +1120,6 @@ def measures(loss):
     return f"loss {loss:.4f} ppl {math.exp(min(loss, 99)):.2f} bpc {loss / math.log(2):.3f}"
 
 
-class Run:
-    """A run of training between two steps: what it has reached, and checkpoints of it."""
-
-    NUMBERS = ("step", "seconds", "halvings", "best", "stale", "history")
-
-    def __init__(self, model, vocab, batches, optimizer, out, options, notes):
-        self.model, self.vocab, self.batches, self.optimizer = model, vocab, batches, optimizer
-        self.out, self.options, self.notes = out, options, notes
-        self.state = model.init_state(batches.batch // processes()[1])  # of this process's rows
-        self.step, self.seconds, self.history = 0, 0.0, []
-        self.best, self.best_weights = math.inf, None  # the lowest held-out loss
-        self.stale = self.halvings = 0  # evaluations since then; how often they halved the rate
-
-    def content(self):
-        """All that is needed to go on from this moment, of all processes: so any number can."""
-        random = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
-        states, randoms = zip(*from_all((map_state(torch.Tensor.cpu, self.state), random)))
-        return {"run": {name: getattr(self, name) for name in self.NUMBERS}, "notes": self.notes,
-                "options": self.options, "best": self.best_weights, "random": list(randoms),
-                "state": map_state(lambda *s: torch.cat(s, dim=1), *states),
-                "optimizer": self.optimizer.state_dict(), "batches": self.batches.state_dict()}
-
-    def keep(self, name):
-        """Write a checkpoint."""
-        content = self.content()
-        if processes()[0] == 0:
-            save(os.path.join(self.out, name), self.model, self.vocab, **content)
-
-    def resume(self, kept):
-        """Go on from what `content` was. What is missing or damaged shows now, not after hours."""
-        like, part = self.content(), "training part"
-        check_stored(part, kept, {**dict.fromkeys(like), "options": self.options})
-        wrong = [f"{name}={self.options[name]} (it was {old})"
-                 for name, old in kept["options"].items() if self.options[name] != old]
-        if wrong:
-            raise ValueError("a run cannot be resumed with other values: " + ", ".join(wrong))
-        randoms = kept["random"] if isinstance(kept["random"], list) else [kept["random"]]
-        check_stored(part, kept, {**like, "notes": None, "random": None})
-        for random in randoms or [None]:
-            check_stored(f"{part}['random']", random, {**like["random"][0], "cuda": []})
-        if kept["best"] is not None:
-            check_stored("best", kept["best"], self.model.state_dict())
-        if kept["run"]["step"] > 0:
-            moments = {k: {"step": torch.tensor(0.0), "exp_avg": p, "exp_avg_sq": p}
-                       for k, p in enumerate(p.detach() for group in self.optimizer.param_groups
-                                             for p in group["params"])}
-            check_stored("optimizer", kept["optimizer"]["state"], moments)
-        for name in self.NUMBERS:
-            setattr(self, name, copy.deepcopy(kept["run"][name]))
-        self.best_weights, device = kept["best"], self.batches.ids.device
-        rank, count = processes()
-        self.state = map_state(lambda s: s.chunk(count, dim=1)[rank].to(device), kept["state"])
-        self.optimizer.load_state_dict(kept["optimizer"])
-        self.batches.load_state_dict(kept["batches"])
-        if rank < len(randoms):  # a process more than there were begins with its own seed
-            torch.set_rng_state(randoms[rank]["cpu"])
-            torch.cuda.set_rng_state_all(randoms[rank]["cuda"][: torch.cuda.device_count()])
-
-    def report(self, window, took, left):
-        """Print one line on the last steps, window: a list of (loss, gradient norm). Returns the
-        mean loss; raises FloatingPointError if it or a norm is not finite."""
-        losses, norms = torch.stack(window).cpu().unbind(1)  # (steps,) each
-        losses = from_all(float(losses.mean()))  # of each process's rows
-        loss, norm = sum(losses) / len(losses), float(norms.max())
-        if not math.isfinite(loss + norm):
-            raise FloatingPointError(
-                f"training stopped at step {self.step}: loss {loss}, gradient norm {norm}. A "
-                "smaller lr or clip may help; the last checkpoint remains")
-        note = " gradient explodes" if norm > 1e3 else ""
-        note = " gradient vanishes" if float(norms.min()) < 1e-6 else note
-        speed = len(window) * self.options["batch"] * self.options["context"] / took
-        say(f"step {self.step:,} ({max(left, 0):.0f} s left) {measures(loss)} grad {norm:.2g} "
-            f"{speed:,.0f} chars/s{note}", passing=True)
-        return loss
-
-    def measure(self, val_ids, loss):
-        """Evaluate, and keep the model if it is the best so far."""
-        context = min(256, max(1, 2**28 // (64 * len(self.vocab))))  # 1 GiB of logits at most
-        value = evaluate(self.model, val_ids, 64, context) if processes()[0] == 0 else 0.0
-        (value,) = rank_0_says(value)
-        if not math.isfinite(value):
-            raise FloatingPointError(f"training stopped at step {self.step}: held-out loss "
-                                     f"{value}; the last checkpoint remains")
-        say(f"step {self.step:,} held-out {measures(value)}")
-        self.history.append((self.step, loss, value))
-        self.stale = 0 if value < self.best else self.stale + 1
-        self.halvings += self.stale > 0 and self.stale % 2 == 0
-        if value < self.best:
-            self.best, self.best_weights = value, copy.deepcopy(self.model.state_dict())
-            self.keep("best.pt")
-
-
 def make_optimizer(model, lr, weight_decay):
     """AdamW; the weights decay, biases and gains do not."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
@@ -1206,10 +1129,10 @@ def make_optimizer(model, lr, weight_decay):
 
 
 def backpropagate(model, x, y, state, accumulate, autocast):
-    """Add the gradient of the mean loss on one batch, x and y (B, T), to the parameters; computed
-    in so many parts of the rows, to save memory. Returns the loss and the state after the batch,
-    detached: its values live on, its graph ends here. That truncates BPTT; without it the graph,
-    and the memory it holds, would reach back to the first batch of all."""
+    """Add the gradient of the mean loss on one batch, x and y (B, T), to the parameters; with
+    accumulate above 1 in as many parts, some of the rows each, to save memory. Returns the loss and
+    the state after the batch, detached: its values live on, its graph ends here. That truncates
+    BPTT; without it the graph, and the memory it holds, would reach back to the first batch."""
     loss, ends = 0.0, []
     for k, (xk, yk) in enumerate(zip(x.chunk(accumulate), y.chunk(accumulate))):
         start = map_state(lambda s, k=k: s.chunk(accumulate, dim=1)[k], state)  # (layers, B_k, H)
@@ -1222,9 +1145,17 @@ def backpropagate(model, x, y, state, accumulate, autocast):
     return loss, map_state(lambda *s: torch.cat(s, dim=1), *ends)
 
 
+def learning_rate(lr, warmup, schedule, step, done, halvings):
+    """The rate of a step: it rises for `warmup` steps; then it falls, by "cosine" to 3 % when the
+    run is done, with "plateau" to half at each halving."""
+    cosine = 0.03 + 0.97 * (1 + math.cos(math.pi * done)) / 2
+    fall = cosine if schedule == "cosine" else 0.5**halvings
+    return lr * min(1.0, (step + 1) / max(warmup, 1)) * fall
+
+
 def check_stored(name, stored, like):
-    """Raises ValueError unless a stored value is made as `like` is: the same types, keys and
-    shapes, all the way down. None stands for anything; {} and [] for any dict and list."""
+    """Raises ValueError unless what a checkpoint stored is made as `like` is: of the same types,
+    keys and shapes, all the way down. In `like` None fits anything, {} any dict, [] any list."""
     number = isinstance(like, (int, float))
     fits = like is None or isinstance(stored, (int, float) if number else type(like))
     if fits and isinstance(like, torch.Tensor):
@@ -1242,6 +1173,134 @@ def check_stored(name, stored, like):
         check_stored(f"{name}[{key!r}]", stored[key], like[key])
 
 
+class Run:
+    """The state of a training run: what it has reached, and checkpoints of it."""
+
+    KEPT = ("step", "seconds", "halvings", "best", "stale", "history")
+
+    def __init__(self, model, vocab, batches, val_ids, optimizer, out, options, notes, steps,
+                 seconds, evals):
+        self.model, self.vocab, self.batches, self.val_ids = model, vocab, batches, val_ids
+        self.optimizer, self.out, self.options, self.notes = optimizer, out, options, notes
+        self.length, self.evals = (steps, seconds), evals
+        self.state = model.init_state(batches.batch // processes()[1])  # of this process's rows
+        self.step, self.seconds, self.history = 0, 0.0, []
+        self.best, self.best_weights = math.inf, None  # the lowest held-out loss
+        self.stale = self.halvings = 0  # evaluations since then; how often they halved the rate
+        self.window, self.busy = [], 0.0  # losses and norms since the last report; seconds training
+        self.ending = False
+
+    def done(self):
+        """The part of the run that is over, from 0 to 1."""
+        steps, seconds = self.length
+        return self.step / steps if steps else self.seconds / seconds
+
+    def start(self):
+        """Start the clock."""
+        self.since = time.perf_counter()
+        self.began = self.since - self.seconds
+        (self.pause,) = rank_0_says(1 if sys.stdout.isatty() else 10)  # seconds between reports
+
+    def after_step(self, loss, norm, pressed):
+        """Count a step, and report, evaluate and write checkpoints when it is time to. pressed:
+        whether Ctrl-C was."""
+        self.window.append(torch.stack((loss, norm)))  # read later: do not wait for a GPU here
+        past, now = self.done(), time.perf_counter()
+        self.step += 1
+        self.seconds, took, self.ending = rank_0_says(now - self.began, now - self.since, pressed)
+        # One evaluation is due after each evals-th part of the run; 3 * (1 / 3) may be below 1.
+        due = int(self.done() * self.evals + 1e-9) > int(past * self.evals + 1e-9)
+        if not (due or self.ending or took > self.pause):
+            return
+        loss = self.report(took)
+        if self.ending:
+            self.keep("last.pt")  # before an evaluation that uninterrupted runs do not make
+        if due or self.ending:
+            self.measure(loss)
+        if due:
+            self.keep("last.pt")
+        self.window, self.since, self.busy = [], time.perf_counter(), self.busy + took
+
+    def report(self, took):
+        """Print a line on the steps of the last `took` seconds. Returns their mean loss; raises
+        FloatingPointError if it or a gradient's norm is not finite."""
+        losses, norms = torch.stack(self.window).cpu().unbind(1)  # (steps,) each
+        losses = from_all(float(losses.mean()))  # of each process's rows
+        loss, norm = sum(losses) / len(losses), float(norms.max())
+        if not math.isfinite(loss + norm):
+            raise FloatingPointError(
+                f"training stopped at step {self.step}: loss {loss}, gradient norm {norm}. A "
+                "smaller lr or clip may help; the last checkpoint remains")
+        note = " gradient explodes" if norm > 1e3 else ""
+        note = " gradient vanishes" if float(norms.min()) < 1e-6 else note
+        speed = len(self.window) * self.options["batch"] * self.options["context"] / took
+        left = max(0, self.seconds * (1 / self.done() - 1))
+        say(f"step {self.step:,} ({left:.0f} s left) {measures(loss)} grad {norm:.2g} "
+            f"{speed:,.0f} chars/s{note}", passing=True)
+        return loss
+
+    def measure(self, loss):
+        """Evaluate, and keep the model if it is the best so far."""
+        context = min(256, max(1, 2**28 // (64 * len(self.vocab))))  # 1 GiB of logits at most
+        first = processes()[0] == 0
+        (value,) = rank_0_says(evaluate(self.model, self.val_ids, 64, context) if first else 0.0)
+        if not math.isfinite(value):
+            raise FloatingPointError(f"training stopped at step {self.step}: held-out loss "
+                                     f"{value}; the last checkpoint remains")
+        say(f"step {self.step:,} held-out {measures(value)}")
+        self.history.append((self.step, loss, value))
+        self.stale = 0 if value < self.best else self.stale + 1
+        self.halvings += self.stale > 0 and self.stale % 2 == 0
+        if value < self.best:
+            self.best, self.best_weights = value, copy.deepcopy(self.model.state_dict())
+            self.keep("best.pt")
+
+    def content(self):
+        """All that is needed to go on from this moment, of all processes: so any number can."""
+        random = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+        states, randoms = zip(*from_all((map_state(torch.Tensor.cpu, self.state), random)))
+        return {"run": {name: getattr(self, name) for name in self.KEPT}, "notes": self.notes,
+                "options": self.options, "best": self.best_weights, "random": list(randoms),
+                "state": map_state(lambda *s: torch.cat(s, dim=1), *states),
+                "optimizer": self.optimizer.state_dict(), "batches": self.batches.state_dict()}
+
+    def keep(self, name):
+        """Write a checkpoint."""
+        content = self.content()
+        if processes()[0] == 0:
+            save(os.path.join(self.out, name), self.model, self.vocab, **content)
+
+    def resume(self, kept):
+        """Go on from what `content` returned. What is missing or damaged shows now, not later."""
+        like, part = self.content(), "training part"
+        check_stored(part, kept, {**dict.fromkeys(like), "options": self.options})
+        wrong = [f"{name}={self.options[name]} (it was {old})"
+                 for name, old in kept["options"].items() if self.options[name] != old]
+        if wrong:
+            raise ValueError("a run cannot be resumed with other values: " + ", ".join(wrong))
+        check_stored(part, kept, {**like, "notes": None, "random": []})
+        for random in kept["random"] or [None]:
+            check_stored(f"{part}['random']", random, {**like["random"][0], "cuda": []})
+        if kept["best"] is not None:
+            check_stored("best", kept["best"], self.model.state_dict())
+        if kept["run"]["step"] > 0:
+            moments = {k: {"step": torch.tensor(0.0), "exp_avg": p, "exp_avg_sq": p}
+                       for k, p in enumerate(p.detach() for group in self.optimizer.param_groups
+                                             for p in group["params"])}
+            check_stored("optimizer", kept["optimizer"]["state"], moments)
+        for name in self.KEPT:
+            setattr(self, name, copy.deepcopy(kept["run"][name]))
+        self.best_weights, device = kept["best"], self.batches.ids.device
+        rank, count = processes()
+        self.state = map_state(lambda s: s.chunk(count, dim=1)[rank].to(device), kept["state"])
+        self.optimizer.load_state_dict(kept["optimizer"])
+        self.batches.load_state_dict(kept["batches"])
+        if rank < len(kept["random"]):  # a process more than there were begins with its own seed
+            random = kept["random"][rank]
+            torch.set_rng_state(random["cpu"])
+            torch.cuda.set_rng_state_all(random["cuda"][: torch.cuda.device_count()])
+
+
 def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, batch=32,
           context=64, order="sequential", lr=4e-3, warmup=20, schedule="cosine",
           weight_decay=0.01, clip=1.0, accumulate=1, dtype=torch.float32, seed=0, evals=10,
@@ -1250,22 +1309,25 @@ def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, ba
     the best checkpoint, whose weights the model then has), "step", "seconds", "chars_per_s",
     "history" (a list of (step, training loss, val_loss)).
 
-    steps or seconds  the length of the whole run, one of the two
+    steps or seconds  the length of the whole run with its evaluations, one of the two
     batch             rows of a batch, of all processes together
     order             see Batches; "sequential" carries the state from batch to batch
-    lr, warmup        AdamW's rate rises for `warmup` steps, then falls by the schedule: "cosine",
-    schedule          to 3 %, or "plateau", to half after two evaluations without a new best
-    clip              longer gradients are scaled to this norm; math.inf: none are
-    accumulate        compute the gradient of a batch in so many parts
+    lr, warmup        AdamW's rate rises for this many steps, then falls
+    schedule          how it falls: by a "cosine", to 3 %; or on a "plateau", two evaluations
+                      without a new best, to half
+    clip              largest norm of the gradient; math.inf: no clipping
+    accumulate        compute the gradient of a batch in this many parts
     dtype             torch.bfloat16 runs the model under autocast
-    evals, patience   evaluate on val_ids so many times; stop when so many in a row are no best
+    evals             how often to evaluate on val_ids
+    patience          stop after this many evaluations in a row without a new best
     out               folder for best.pt, and for last.pt with all that is needed to go on
     resume            the third result of `load`, with the model of the same `load`: go on there,
-                      as if never interrupted
+                      as if never interrupted if steps or seconds are as before
     notes             a dict that the checkpoints keep
 
-    Ctrl-C ends the run early, but in order. Processes for which torch.distributed has been
-    initialized, with a backend that serves the CPU too, train together; all call this alike.
+    Ctrl-C ends the run after the step, evaluates and writes the checkpoints. Processes for which
+    torch.distributed has been initialized, with a backend that serves the CPU too, train together;
+    all call this alike.
     Raises ValueError for bad values, OSError if `out` cannot be written, FloatingPointError when a
     loss or gradient is no longer finite; the last good checkpoint then remains."""
     rank, count = processes()
@@ -1294,7 +1356,7 @@ def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, ba
 
     torch.manual_seed(seed + rank)  # each drops units of its own
     optimizer = make_optimizer(model, lr, weight_decay)
-    run = Run(model, vocab, batches, optimizer, out, options, notes)
+    run = Run(model, vocab, batches, val_ids, optimizer, out, options, notes, steps, seconds, evals)
     if resume is not None:
         run.resume(resume)
     if rank == 0:
@@ -1308,17 +1370,13 @@ def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, ba
     model.train()
     replica = nn.parallel.DistributedDataParallel(model) if count > 1 else model
     autocast = torch.autocast(train_ids.device.type, dtype, enabled=dtype != torch.float32)
-    (pause,) = rank_0_says(1 if sys.stdout.isatty() else 10)  # seconds between progress lines
-    began, first_step = time.perf_counter() - run.seconds, run.step
-    window, since, busy = [], time.perf_counter(), 0.0  # of the steps since the last report
-
+    first_step = run.step
+    run.start()
     with ctrl_c_between_steps() as pressed:
-        done, ending = run.step / steps if steps else run.seconds / seconds, False
-        while done < 1 and not ending and run.stale != patience:
-            cosine = 0.03 + 0.97 * (1 + math.cos(math.pi * done)) / 2
-            fall = cosine if schedule == "cosine" else 0.5**run.halvings
+        while run.done() < 1 and not run.ending and run.stale != patience:
             for group in optimizer.param_groups:
-                group["lr"] = lr * min(1.0, (run.step + 1) / max(warmup, 1)) * fall
+                group["lr"] = learning_rate(lr, warmup, schedule, run.step, run.done(),
+                                            run.halvings)
             x, y = (part.chunk(count)[rank] for part in batches.next())  # (B / count, T) each
             if not batches.carries_state:
                 run.state = model.init_state(len(x))
@@ -1326,24 +1384,10 @@ def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, ba
             loss, run.state = backpropagate(replica, x, y, run.state, accumulate, autocast)
             norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
             optimizer.step()
-            window.append(torch.stack((loss, norm)))  # read later: do not wait for a GPU here
-            run.step += 1
-            now = time.perf_counter()
-            run.seconds, took, ending = rank_0_says(now - began, now - since, bool(pressed))
-            past, done = done, run.step / steps if steps else run.seconds / seconds
-            due = int(done * evals + 1e-9) > int(past * evals + 1e-9)
-            if due or ending or took > pause:
-                mean = run.report(window, took, left=run.seconds * (1 / done - 1))
-                if ending:
-                    run.keep("last.pt")  # before an evaluation that uninterrupted runs do not make
-                if due or ending:
-                    run.measure(val_ids, mean)
-                if due:
-                    run.keep("last.pt")
-                window, since, busy = [], time.perf_counter(), busy + took
+            run.after_step(loss, norm, bool(pressed))
 
     if run.best_weights:
         model.load_state_dict(run.best_weights)
     return {"val_loss": run.best, "step": run.step, "seconds": run.seconds,
-            "chars_per_s": (run.step - first_step) * batch * context / max(busy, 1e-9),
+            "chars_per_s": (run.step - first_step) * batch * context / max(run.busy, 1e-9),
             "history": run.history}
