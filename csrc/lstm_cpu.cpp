@@ -227,10 +227,10 @@ Three forward_cpu(const at::Tensor& x, const at::Tensor& w_ih, const at::Tensor&
   auto h = fresh({N, H}, like), c_now = fresh({B, H}, like).copy_(c0);
   auto c = save ? fresh({N, H}, like) : c_now, gates = fresh({save ? N : 0, 4 * H}, like);
   const auto x_ = x.to(computed).contiguous(), bias_ = bias.to(computed).contiguous();
+  const auto h0_ = h0.to(computed).contiguous();
   const auto w_ih_ = w_ih.contiguous(), w_hh_ = w_hh.contiguous();
   bool done = N == 0;
   if (tiles && !done) {
-    const auto h0_ = h0.contiguous();
     auto end = forward_bf16(x_, w_ih_, bias_, h0_, c0, w_hh_, sizes, reverse, h, c, gates);
     done = end.defined();
     if (done && !save) c = end;
@@ -240,8 +240,9 @@ Three forward_cpu(const at::Tensor& x, const at::Tensor& w_ih, const at::Tensor&
     using W = decltype(weight);
     const int64_t panels = (H + kLanes<T> - 1) / kLanes<T>;
     at::Tensor packed = fresh({few ? 0 : panels, I + H, 4 * kLanes<T>}, like);
-    at::Tensor h_now = at::zeros({2, B, padded<T>(H)}, like);
-    h_now.narrow(2, 0, H).copy_(h0);
+    at::Tensor h_now = fresh({2, B, padded<T>(H)}, like);
+    for (int64_t b = 0; b < B; ++b)
+      std::copy_n(h0_.const_data_ptr<T>() + b * H, H, h_now.data_ptr<T>() + b * padded<T>(H));
     Forward<T, W> a{x_.const_data_ptr<T>(), bias_.const_data_ptr<T>(), w_ih_.const_data_ptr<W>(),
                     w_hh_.const_data_ptr<W>(), h.data_ptr<T>(), c.data_ptr<T>(),
                     save ? gates.data_ptr<T>() : nullptr,
