@@ -150,12 +150,12 @@ def can_run(x):
 
 
 def pays_off(x, sizes):
-    """Not for a single step of many rows: the kernel first copies the weights into an order of its
-    own, which takes longer. Up to 8 rows it reads them as they are. In bfloat16 the copy soon pays
-    off."""
+    """Not for a single step, for which the kernels would first copy the weights into an order of
+    their own, which takes longer. Unless it is one of inference: up to 8 rows read the weights
+    where they are. Many rows of bfloat16 are worth the copy."""
     rows = sizes[0]
-    return len(sizes) > 1 or rows <= 8 or x.device.type != "cpu" or (
-        rows >= 32 and type_of(x) == torch.bfloat16)
+    return (len(sizes) > 1 or x.device.type != "cpu" or rows <= 8 and not torch.is_grad_enabled()
+            or rows >= 32 and type_of(x) == torch.bfloat16)
 
 
 def lstm(x, h0, c0, w_ih, bias, w_hh, sizes, reverse, plain):

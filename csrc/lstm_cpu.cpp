@@ -241,8 +241,8 @@ Three forward_cpu(const at::Tensor& x, const at::Tensor& w_ih, const at::Tensor&
     const int64_t panels = (H + kLanes<T> - 1) / kLanes<T>;
     at::Tensor packed = fresh({few ? 0 : panels, I + H, 4 * kLanes<T>}, like);
     at::Tensor h_now = fresh({2, B, padded<T>(H)}, like);
-    for (int64_t b = 0; b < B; ++b)
-      std::copy_n(h0_.const_data_ptr<T>() + b * H, H, h_now.data_ptr<T>() + b * padded<T>(H));
+    for (int64_t b = 0; b < 2 * B; ++b)  // both: a sequence may begin at any step
+      std::copy_n(h0_.const_data_ptr<T>() + b % B * H, H, h_now.data_ptr<T>() + b * padded<T>(H));
     Forward<T, W> a{x_.const_data_ptr<T>(), bias_.const_data_ptr<T>(), w_ih_.const_data_ptr<W>(),
                     w_hh_.const_data_ptr<W>(), h.data_ptr<T>(), c.data_ptr<T>(),
                     save ? gates.data_ptr<T>() : nullptr,
