@@ -1,9 +1,10 @@
 // The operators of lstm.h on the CPU, float32 and float64.
 //
 // The whole walk over time happens inside one team of threads. W_ih and W_hh are first copied into
-// panels, in the order in which the inner loop reads them. A tile, a few rows of the batch x one
-// panel of units, is summed over all of K in vector registers and goes through the nonlinearities
-// while still in the nearest cache. The state travels from step to step in a small buffer.
+// panels, in the order in which the inner loop reads them; but not for a few rows in all, as in
+// sampling. A tile, a few rows of the batch x one panel of units, is summed over all of K in vector
+// registers and goes through the nonlinearities while still in the nearest cache. The state travels
+// from step to step in a small buffer.
 #include "lstm.h"
 #include "simd.h"
 #include "team.h"
@@ -83,7 +84,7 @@ template <typename T, typename W> struct Forward {  // weights of type W
   const T *x, *bias;                          // as in lstm.h
   const W *w_ih, *w_hh;
   T *h, *c, *gates;                           // (N,H), (N,H), (N,4H); gates null: no c either
-  Vec<T>* panels;                             // (panels, I + H, 4 gates) vectors of L units; or null
+  Vec<T>* panels;                             // null, or (panels, I + H, 4) vectors of L units
   T *h_now, *c_now;                           // (2, B, padded H) by turns; (B,H)
   int64_t B, I, H;
 };
