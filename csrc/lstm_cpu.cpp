@@ -222,19 +222,18 @@ Three forward_cpu(const at::Tensor& x, const at::Tensor& w_ih, const at::Tensor&
   check_forward(x, w_ih, bias, h0, c0, w_hh, sizes);
   const int64_t N = x.size(0), I = x.size(1), B = h0.size(0), H = h0.size(1);
   const bool few = N <= kFew, tiles = !few && bf16_serves(w_hh.options(), B, H);
-  // Without tiles, bfloat16 is computed in float32. Only the weights are read as they are.
+  // Without tiles, bfloat16 is computed in float32; only the weights are read as they are.
   const auto type = w_hh.scalar_type(), computed = is_bf16(w_hh) && !tiles ? at::kFloat : type;
   const auto like = w_hh.options().dtype(computed);
   auto h = fresh({N, H}, like), c_now = fresh({B, H}, like).copy_(c0);
   auto c = save ? fresh({N, H}, like) : c_now, gates = fresh({save ? N : 0, 4 * H}, like);
+  if (N == 0) return {h.to(type), c.to(type), gates.to(type)};
   const auto x_ = x.to(computed).contiguous(), bias_ = bias.to(computed).contiguous();
   const auto h0_ = h0.to(computed).contiguous();
   const auto w_ih_ = w_ih.contiguous(), w_hh_ = w_hh.contiguous();
-  bool done = N == 0;
-  if (tiles && !done) {
+  if (tiles) {
     auto end = forward_bf16(x_, w_ih_, bias_, h0_, c0, w_hh_, sizes, reverse, h, c, gates);
-    done = end.defined();
-    if (done && !save) c = end;
+    if (end.defined()) return {h, save ? c : end.to(type), gates};
   }
   auto compute = [&](auto number, auto weight) {
     using T = decltype(number);
@@ -254,9 +253,9 @@ Three forward_cpu(const at::Tensor& x, const at::Tensor& w_ih, const at::Tensor&
       forward(a, steps, mine);
     });
   };
-  if (!done && is_bf16(w_hh)) compute(float{}, at::BFloat16{});
-  else if (!done && type == at::kFloat) compute(float{}, float{});
-  else if (!done) compute(double{}, double{});
+  if (type == at::kBFloat16) compute(float{}, at::BFloat16{});
+  else if (type == at::kFloat) compute(float{}, float{});
+  else compute(double{}, double{});
   return {h.to(type), c.to(type), gates.to(type)};
 }
 

@@ -46,7 +46,7 @@ template <typename T> inline Vec<T> load(const T* p, int64_t n) {
   for (int64_t j = 0; j < n; ++j) v[j] = p[j];
   return v;
 }
-// bfloat16, the upper half of a float32, becomes that.
+// A bfloat16 is the upper half of a float32, and becomes one.
 inline Vec<float> load(const c10::BFloat16* p, int64_t n) {
   typedef uint16_t Half __attribute__((vector_size(kBytes / 2), aligned(2), may_alias));
   typedef uint32_t Bits __attribute__((vector_size(kBytes)));
