@@ -633,19 +633,23 @@ class CharLM(Model):
         x, state = self.rnn(x, state)  # (T, B, H)
         return self.output(self.drop(x, self.dropout)).transpose(0, 1), state  # (B, T, V)
 
-    def step(self, ids, state):
-        """One symbol of each sequence, ids (B,) -> logits (B, V) and the state after it: what
-        forward gives without dropout, but quicker, with nothing done beside the products."""
-        state = (state,) if self.rnn.states == 1 else state
-        x, ends = self.embed(ids), []  # (B, I)
-        for k in range(self.rnn.num_layers):
-            p = self.rnn._layer(k, 0)
-            gx = F.linear(x, p.weight_ih, p.bias_ih)  # (B, G*H)
-            new = self.rnn.step(gx, tuple(s[k] for s in state), p)
-            ends.append(tuple(new.values())[: self.rnn.states])
-            x = new["h"]  # (B, H)
-        state = tuple(torch.stack(s) for s in zip(*ends))  # (layers, B, H) each
-        return self.output(x), state if self.rnn.states == 2 else state[0]
+    def stepper(self, state):
+        """A function that reads one more symbol of each sequence, from this state on: ids (B,) ->
+        logits (B, V). They are forward's without dropout, but quicker: what stays the same from
+        step to step is looked up here, once."""
+        rnn, weight, bias = self.rnn, self.output.weight, self.output.bias
+        table = None if self.embedding is None else self.embedding.weight  # (V, I)
+        layers = [rnn._layer(k, 0) for k in range(rnn.num_layers)]
+        states = list(zip(*state)) if rnn.states == 2 else [(h,) for h in state]  # one for each
+
+        def step(ids):
+            x = self.embed(ids) if table is None else table[ids]  # (B, I)
+            for k, p in enumerate(layers):
+                steps, states[k] = rnn._direction(x, [len(x)], states[k], p, False, False)
+                x = steps["h"]  # (B, H)
+            return F.linear(x, weight, bias)
+
+        return step
 
     def init_state(self, batch):
         """The state before the first symbol: zeros, (layers, B, H), for lstm a tuple of two."""
@@ -969,26 +973,29 @@ def generate(model, vocab, prompt="", length=500, temperature=1.0, top_k=None, s
     random.seed() if seed is None else random.manual_seed(seed)
     ids = vocab.encode(prompt) if prompt else torch.tensor([vocab.index.get("\n", 0)])
     pieces = [prompt]
-    with evaluating(model):
+    with evaluating(model), torch.inference_mode():
         logits, state = model(ids[None].to(device))  # (1, T, V)
-        logits = logits[:, -1]  # (1, V)
+        logits, step = logits[:, -1], model.stepper(state)  # (1, V)
         if stream:
             stream.write(prompt)
         for _ in range(length):
-            scores = logits[0].double().cpu()  # (V,)
-            if top_k and top_k < len(scores):
-                least = scores.topk(top_k).values[-1]
+            scores = logits.double().cpu()  # (1, V)
+            if top_k and top_k < scores.shape[-1]:
+                least = scores.topk(top_k).values[:, -1:]
                 scores = scores.masked_fill(scores < least, -math.inf)
             if temperature == 0:
-                symbol = scores.argmax(keepdim=True)  # (1,)
+                symbol = scores.argmax(-1)  # (1,)
             else:
-                chances = ((scores - scores.max()) / temperature).softmax(-1)
-                symbol = torch.multinomial(chances, 1, generator=random)
+                chances = (scores / max(temperature, 1e-100)).softmax(-1)  # never infinity
+                # One draw, as torch.multinomial makes it but for its checks: of clocks that ring at
+                # these rates, the first one to ring.
+                waits = torch.empty_like(chances).exponential_(generator=random)
+                symbol = (chances / waits).argmax(-1)  # (1,)
             pieces.append(vocab.symbols[symbol])
             if stream:
                 stream.write(pieces[-1])
                 stream.flush()
-            logits, state = model.step(symbol.to(device), state)  # (1, V)
+            logits = step(symbol.to(device))  # (1, V)
     return "".join(pieces)
 
 

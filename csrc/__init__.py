@@ -16,6 +16,8 @@ import torch
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
 SOURCES = ["lstm.cpp", "lstm_cpu.cpp", "lstm_bf16.cpp", "gradients.cpp"]
+TYPES = {"cpu": (torch.float32, torch.float64, torch.bfloat16),
+         "cuda": (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
 has_cuda = False  # whether the operators that are loaded run on GPUs too
 
 
@@ -141,19 +143,19 @@ def type_of(x):
 def can_run(x):
     """Whether the operators serve this input now. Not inside torch.func's transforms (vmap, grad,
     jvp) and forward mode, which they know nothing about."""
-    types = {"cpu": (torch.float32, torch.float64, torch.bfloat16)}
-    if has_cuda:
-        types["cuda"] = (*types["cpu"], torch.float16)
-    return (x.device.type in types and type_of(x) in types[x.device.type]
+    device = x.device.type
+    return (type_of(x) in TYPES.get(device, ()) and (device == "cpu" or has_cuda)
             and not torch._C._are_functorch_transforms_active()
             and torch.autograd.forward_ad._current_level < 0)
 
 
 def pays_off(x, sizes):
-    """Not for a single step, as in sampling: the kernel first copies the weights into an order of
-    its own, which takes longer than such a step. Many rows of bfloat16 are still faster."""
-    return len(sizes) > 1 or x.device.type != "cpu" or (
-        type_of(x) == torch.bfloat16 and sizes[0] >= 32)
+    """Not for a single step, for which the kernels would first copy the weights into an order of
+    their own, which takes longer. Unless it is one of inference: up to 8 rows read the weights
+    where they are. Many rows of bfloat16 are worth the copy."""
+    rows = sizes[0]
+    return (len(sizes) > 1 or x.device.type != "cpu" or rows <= 8 and not torch.is_grad_enabled()
+            or rows >= 32 and type_of(x) == torch.bfloat16)
 
 
 def lstm(x, h0, c0, w_ih, bias, w_hh, sizes, reverse, plain):
@@ -167,7 +169,8 @@ def lstm(x, h0, c0, w_ih, bias, w_hh, sizes, reverse, plain):
         h, c = FusedLSTM.apply(*inputs, sizes, reverse, plain)
         end = rows_at_the_end(c, sizes, reverse)
     else:
-        w_ih, bias, w_hh = (w.to(x.dtype) for w in (w_ih, bias, w_hh))
+        if x.dtype != w_hh.dtype:
+            w_ih, bias, w_hh = (w.to(x.dtype) for w in (w_ih, bias, w_hh))
         h, end, _ = torch.ops.rnn.lstm_forward(x, w_ih, bias, h0, c0, w_hh, sizes, reverse, False)
     return h, (rows_at_the_end(h, sizes, reverse), end)
 
@@ -230,6 +233,8 @@ def rows_before(h, h0, sizes, reverse):
 
 def rows_at_the_end(rows, sizes, reverse):
     """(B, H): of rows (N, H), those of each sequence's last step in walking order."""
+    if len(sizes) == 1:
+        return rows
     if reverse or sizes[-1] == sizes[0]:
         return rows[: sizes[0]] if reverse else rows[len(rows) - sizes[0] :]
     steps = rows.split(sizes)  # T x (B_t, H); sequences n .. B_t end where n go on

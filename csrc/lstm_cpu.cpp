@@ -1,9 +1,10 @@
 // The operators of lstm.h on the CPU, float32 and float64.
 //
 // The whole walk over time happens inside one team of threads. W_ih and W_hh are first copied into
-// panels, in the order in which the inner loop reads them. A tile, a few rows of the batch x one
-// panel of units, is summed over all of K in vector registers and goes through the nonlinearities
-// while still in the nearest cache. The state travels from step to step in a small buffer.
+// panels, in the order in which the inner loop reads them; but not for a few rows in all, as in
+// sampling. A tile, a few rows of the batch x one panel of units, is summed over all of K in vector
+// registers and goes through the nonlinearities while still in the nearest cache. The state travels
+// from step to step in a small buffer.
 #include "lstm.h"
 #include "simd.h"
 #include "team.h"
@@ -38,6 +39,33 @@ void product(int64_t rows, const T* x, int64_t stride, const Vec<T>* w, int64_t 
   tile<T, R, V>(x, stride, w, K, out);
 }
 
+// The same without panels, for few rows: to copy W takes longer than to read it where it is. For n
+// units: out[r][gate][unit] += the dot product of row r of x with row gate * H + unit of w (4H,K)
+template <typename T, typename W, int R = kRows / 2>
+void dots(int64_t rows, const T* x, int64_t stride, const W* w, int64_t K, int64_t H, int64_t n,
+          Vec<T>* out) {
+  if constexpr (R > 1)
+    if (rows < R) return dots<T, W, R - 1>(rows, x, stride, w, K, H, n, out);
+  for (int64_t unit = 0; unit < std::min<int64_t>(n, kLanes<T>); ++unit, w += K) {
+    Vec<T> sum[R][4] = {};
+    auto add = [&](int64_t k, int64_t exist) {
+      Vec<T> values[R];
+      for (int r = 0; r < R; ++r) values[r] = load(x + r * stride + k, exist);
+      for (int gate = 0; gate < 4; ++gate) {
+        const Vec<T> weights = load(w + gate * H * K + k, exist);
+        for (int r = 0; r < R; ++r) sum[r][gate] += values[r] * weights;
+      }
+    };
+    int64_t k = 0;
+    for (; k + kLanes<T> <= K; k += kLanes<T>) add(k, kLanes<T>);
+    if (k < K) add(k, K - k);
+    for (int r = 0; r < R; ++r)
+      for (int gate = 0; gate < 4; ++gate)
+        for (int lane = 0; lane < kLanes<T>; ++lane)
+          out[r * 4 + gate][unit] += sum[r][gate][lane];
+  }
+}
+
 // Cuts rows begin .. end into tiles of at most `most`, equal to within one: 13 = 7 + 6, not 12 + 1.
 template <typename Body>
 inline void for_tiles(int64_t begin, int64_t end, int64_t most, const Body& body) {
@@ -50,26 +78,29 @@ template <typename T> int64_t padded(int64_t columns) { return columns + 2 * kLa
 
 // ---- Forward ----
 
-template <typename T> struct Forward {
-  const T *x, *w_ih, *bias, *w_hh;            // as in lstm.h
+constexpr int64_t kFew = 8;  // for so many rows in all (N) there are no panels
+
+template <typename T, typename W> struct Forward {  // weights of type W
+  const T *x, *bias;                          // as in lstm.h
+  const W *w_ih, *w_hh;
   T *h, *c, *gates;                           // (N,H), (N,H), (N,4H); gates null: no c either
-  Vec<T>* panels;                             // (panels, I + H, 4 gates) vectors of L units
+  Vec<T>* panels;                             // null, or (panels, I + H, 4) vectors of L units
   T *h_now, *c_now;                           // (2, B, padded H) by turns; (B,H)
   int64_t B, I, H;
 };
 
-template <typename T>
-void forward(const Forward<T>& a, const std::vector<Step>& steps, const Share& mine) {
+template <typename T, typename W>
+void forward(const Forward<T, W>& a, const std::vector<Step>& steps, const Share& mine) {
   constexpr int L = kLanes<T>, kTile = kRows / 2;
   const int64_t B = a.B, I = a.I, H = a.H, K = I + H, wide = padded<T>(H);
-  for (int64_t p = mine.pack; p < mine.pack_end; ++p)
+  for (int64_t p = mine.pack; a.panels && p < mine.pack_end; ++p)
     for (int64_t k0 = 0; k0 < K; k0 += L)  // rows of W become lanes, a few numbers at a time
       for (int64_t gate = 0; gate < 4; ++gate)
         for (int64_t lane = 0; lane < L; ++lane)
           for (int64_t k = k0; k < std::min(K, k0 + L); ++k) {
             const int64_t u = p * L + lane, row = gate * H + u;
             T* to = reinterpret_cast<T*>(a.panels + (p * K + k) * 4 + gate) + lane;
-            *to = u >= H ? 0 : k < I ? a.w_ih[row * I + k] : a.w_hh[row * H + k - I];
+            *to = u >= H ? W(0) : k < I ? a.w_ih[row * I + k] : a.w_hh[row * H + k - I];
           }
   barrier();
   for (size_t t = 0; t < steps.size(); ++t) {
@@ -83,8 +114,13 @@ void forward(const Forward<T>& a, const std::vector<Step>& steps, const Share& m
         Vec<T> sum[kTile][4];
         for (int64_t r = 0; r < rows; ++r)
           for (int gate = 0; gate < 4; ++gate) sum[r][gate] = load(a.bias + gate * H + u, n);
-        product<T, 4>(rows, a.x + (s.row + b0) * I, I, w, I, sum[0]);
-        product<T, 4>(rows, before + b0 * wide, wide, w + I * 4, H, sum[0]);
+        if (a.panels) {
+          product<T, 4>(rows, a.x + (s.row + b0) * I, I, w, I, sum[0]);
+          product<T, 4>(rows, before + b0 * wide, wide, w + I * 4, H, sum[0]);
+        } else {
+          dots(rows, a.x + (s.row + b0) * I, I, a.w_ih + u * I, I, H, n, sum[0]);
+          dots(rows, before + b0 * wide, wide, a.w_hh + u * H, H, H, n, sum[0]);
+        }
         for (int64_t r = 0; r < rows; ++r) {
           const int64_t b = b0 + r, row = s.row + b;
           Vec<T> gate[4];  // i, f, g, o
@@ -178,47 +214,49 @@ void backward(const Backward<T>& a, const std::vector<Step>& steps, const Share&
 
 // ---- The operators ----
 
-bool is_bf16(const at::TensorOptions& like) { return like.dtype() == at::kBFloat16; }
+bool is_bf16(const at::Tensor& t) { return t.scalar_type() == at::kBFloat16; }
 
 Three forward_cpu(const at::Tensor& x, const at::Tensor& w_ih, const at::Tensor& bias,
                   const at::Tensor& h0, const at::Tensor& c0, const at::Tensor& w_hh,
                   at::IntArrayRef sizes, bool reverse, bool save) {
   check_forward(x, w_ih, bias, h0, c0, w_hh, sizes);
   const int64_t N = x.size(0), I = x.size(1), B = h0.size(0), H = h0.size(1);
-  const auto like = w_hh.options();
-  if (is_bf16(like) && !bf16_serves(like, B, H)) {  // a CPU without such products
-    auto [h, c, gates] = forward_cpu(x.to(at::kFloat), w_ih.to(at::kFloat), bias.to(at::kFloat),
-                                     h0.to(at::kFloat), c0.to(at::kFloat), w_hh.to(at::kFloat),
-                                     sizes, reverse, save);
-    return {h.to(at::kBFloat16), c.to(at::kBFloat16), gates.to(at::kBFloat16)};
-  }
-  auto h = fresh({N, H}, like), c_now = c0.clone(at::MemoryFormat::Contiguous);
+  const bool few = N <= kFew, tiles = !few && bf16_serves(w_hh.options(), B, H);
+  // Without tiles, bfloat16 is computed in float32; only the weights are read as they are.
+  const auto type = w_hh.scalar_type(), computed = is_bf16(w_hh) && !tiles ? at::kFloat : type;
+  const auto like = w_hh.options().dtype(computed);
+  auto h = fresh({N, H}, like), c_now = fresh({B, H}, like).copy_(c0);
   auto c = save ? fresh({N, H}, like) : c_now, gates = fresh({save ? N : 0, 4 * H}, like);
-  if (N == 0) return {h, c, gates};
-  const auto x_ = x.contiguous(), w_ih_ = w_ih.contiguous(), bias_ = bias.contiguous();
-  const auto w_hh_ = w_hh.contiguous();
-  if (bf16_serves(like, B, H)) {
-    const auto h0_ = h0.contiguous();
+  if (N == 0) return {h.to(type), c.to(type), gates.to(type)};
+  const auto x_ = x.to(computed).contiguous(), bias_ = bias.to(computed).contiguous();
+  const auto h0_ = h0.to(computed).contiguous();
+  const auto w_ih_ = w_ih.contiguous(), w_hh_ = w_hh.contiguous();
+  if (tiles) {
     auto end = forward_bf16(x_, w_ih_, bias_, h0_, c0, w_hh_, sizes, reverse, h, c, gates);
-    if (end.defined()) return {h, save ? c : end.to(like.dtype()), gates};
+    if (end.defined()) return {h, save ? c : end.to(type), gates};
   }
-  AT_DISPATCH_FLOATING_TYPES(w_hh.scalar_type(), "lstm_forward", [&] {
-    using T = scalar_t;
+  auto compute = [&](auto number, auto weight) {
+    using T = decltype(number);
+    using W = decltype(weight);
     const int64_t panels = (H + kLanes<T> - 1) / kLanes<T>;
-    auto packed = fresh({panels, I + H, 4 * kLanes<T>}, like);
-    auto h_now = at::zeros({2, B, padded<T>(H)}, like);
-    h_now.narrow(2, 0, H).copy_(h0);
-    Forward<T> a{x_.const_data_ptr<T>(), w_ih_.const_data_ptr<T>(), bias_.const_data_ptr<T>(),
-                 w_hh_.const_data_ptr<T>(), h.data_ptr<T>(), c.data_ptr<T>(),
-                 save ? gates.data_ptr<T>() : nullptr,
-                 reinterpret_cast<Vec<T>*>(packed.data_ptr<T>()), h_now.data_ptr<T>(),
-                 c_now.data_ptr<T>(), B, I, H};
+    at::Tensor packed = fresh({few ? 0 : panels, I + H, 4 * kLanes<T>}, like);
+    at::Tensor h_now = fresh({2, B, padded<T>(H)}, like);
+    for (int64_t b = 0; b < 2 * B; ++b)  // both: a sequence may begin at any step
+      std::copy_n(h0_.const_data_ptr<T>() + b % B * H, H, h_now.data_ptr<T>() + b * padded<T>(H));
+    Forward<T, W> a{x_.const_data_ptr<T>(), bias_.const_data_ptr<T>(), w_ih_.const_data_ptr<W>(),
+                    w_hh_.const_data_ptr<W>(), h.data_ptr<T>(), c.data_ptr<T>(),
+                    save ? gates.data_ptr<T>() : nullptr,
+                    few ? nullptr : reinterpret_cast<Vec<T>*>(packed.data_ptr<T>()),
+                    h_now.data_ptr<T>(), c_now.data_ptr<T>(), B, I, H};
     const auto steps = walk(sizes, reverse);
     team(panels, 1, sizes, 4.0 * H * (I + H) * sizeof(T), [&](const Share& mine) {
-      forward<T>(a, steps, mine);
+      forward(a, steps, mine);
     });
-  });
-  return {h, c, gates};
+  };
+  if (type == at::kBFloat16) compute(float{}, at::BFloat16{});
+  else if (type == at::kFloat) compute(float{}, float{});
+  else compute(double{}, double{});
+  return {h.to(type), c.to(type), gates.to(type)};
 }
 
 Three backward_cpu(const at::Tensor& dh, const std::optional<at::Tensor>& dc,
@@ -227,7 +265,7 @@ Three backward_cpu(const at::Tensor& dh, const std::optional<at::Tensor>& dc,
   check_backward(dh, dc, gates, c, c0, w_hh, sizes);
   const int64_t N = gates.size(0), B = c0.size(0), H = c0.size(1);
   const auto like = w_hh.options();
-  if (is_bf16(like) && !bf16_serves(like, B, H)) {
+  if (is_bf16(w_hh) && !bf16_serves(like, B, H)) {
     std::optional<at::Tensor> dc_;
     if (dc) dc_ = dc->to(at::kFloat);
     auto [da, dh0, dc0] = backward_cpu(dh.to(at::kFloat), dc_, gates.to(at::kFloat),

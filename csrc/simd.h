@@ -3,6 +3,8 @@
 // They are the compiler's own vector types (of GCC and clang), as wide as the registers of the
 // machine that the file is compiled for: AVX-512, AVX2, SSE or Arm from one source.
 #pragma once
+#include <c10/util/BFloat16.h>
+
 #include <cstdint>
 
 namespace rnn {
@@ -41,6 +43,16 @@ template <typename T> inline Vec<T> load(const T* p, int64_t n) {
   using Unaligned = typename Simd<T>::Unaligned;
   if (n >= kLanes<T>) return *reinterpret_cast<const Unaligned*>(p);
   Vec<T> v{};
+  for (int64_t j = 0; j < n; ++j) v[j] = p[j];
+  return v;
+}
+// A bfloat16 is the upper half of a float32, and becomes one.
+inline Vec<float> load(const c10::BFloat16* p, int64_t n) {
+  typedef uint16_t Half __attribute__((vector_size(kBytes / 2), aligned(2), may_alias));
+  typedef uint32_t Bits __attribute__((vector_size(kBytes)));
+  if (n >= kLanes<float>)
+    return (Vec<float>)(__builtin_convertvector(*reinterpret_cast<const Half*>(p), Bits) << 16);
+  Vec<float> v{};
   for (int64_t j = 0; j < n; ++j) v[j] = p[j];
   return v;
 }

@@ -3,6 +3,7 @@
     python tests/bench_lstm.py                       the whole table (about ten minutes)
     python tests/bench_lstm.py --threads 2 --work train --seconds 1 --shapes 0 3
     python tests/bench_lstm.py --memory              peak memory of training steps instead
+    python tests/bench_lstm.py --work sample         rnn.generate and the same loop with nn.LSTM
     python tests/bench_lstm.py --device cuda --seconds 0.5       on a GPU: nn.LSTM is cuDNN's
 
 Every shape is first checked for equality, outputs and gradients. Then the three run by turns, over
@@ -128,6 +129,38 @@ def setup(shape, work, check=True, device="cpu", dtype=torch.float32):
     return [(infer if work == "infer" else step)(layer) for layer in layers], flop
 
 
+def sample_table(threads, seconds):
+    """Sampling 500 symbols with the model that train_shakespeare.py trains: rnn.generate on its two
+    paths, and the same loop as one writes it with torch's modules."""
+    torch.manual_seed(0)
+    vocab = rnn.Vocab([chr(ord("0") + k) for k in range(65)])
+    model = rnn.CharLM(len(vocab), embed=64, hidden=512).eval()
+    layer = nn.LSTM(64, 512)
+    layer.load_state_dict(model.rnn.state_dict())
+    native = rnn.fused
+
+    def ours(path):
+        rnn.fused = path
+        rnn.generate(model, vocab, "0", length=500, seed=1)
+        rnn.fused = native
+
+    @torch.no_grad()
+    def theirs():
+        random = torch.Generator().manual_seed(1)
+        text, symbol, state = "0", torch.tensor([0]), None
+        for _ in range(500):
+            y, state = layer(model.embedding(symbol)[None], state)  # (1, 1, H)
+            chances = model.output(y[0]).softmax(-1)  # (1, V)
+            symbol = torch.multinomial(chances, 1, generator=random)[0]  # (1,)
+            text += vocab.symbols[symbol]
+
+    times = interleaved([lambda: ours(native), lambda: ours(None), theirs], seconds)
+    fused, plain, torchs = (statistics.median(column) * 1e6 / 500 for column in times)
+    print(f"\nsample, {threads} threads, us a symbol: fused {fused:.0f}, plain {plain:.0f}, "
+          f"nn.LSTM {torchs:.0f}\nnn.LSTM/fused {ratio(times[2], times[0]):.2f}, nn.LSTM/plain "
+          f"{ratio(times[2], times[1]):.2f}", flush=True)
+
+
 def peak_memory(shape, rival):
     """MiB that three training steps add to a process of their own, at its peak."""
     functions, _ = setup(shape, "train", check=False)
@@ -193,7 +226,8 @@ def gpu_tables(works, types, seconds):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--work", nargs="+", default=["train", "infer", "packed"])
+    parser.add_argument("--work", nargs="+", default=["train", "infer", "packed"],
+                        choices=["train", "infer", "packed", "sample"])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=TYPES, nargs="+",
                         help="default: on a CPU float32, on a GPU all")
@@ -214,9 +248,12 @@ def main():
         return memory_table(args.shapes)
     for threads in args.threads:
         torch.set_num_threads(threads)
+        if "sample" in args.work:
+            sample_table(threads, args.seconds)
         for name in args.dtype or ["float32"]:
             for work in args.work:
-                cpu_table(work, name, threads, args)
+                if work != "sample":
+                    cpu_table(work, name, threads, args)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,11 @@ import rnn
 
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
 
-# B, I, H, sizes: no H but 16 fills a vector; one sequence, one step; packed sequences
-SHAPES = [(2, 3, 5, [2, 2, 2]), (1, 2, 17, [1, 1]), (3, 1, 1, [3]), (13, 2, 3, [13, 13]),
-          (4, 3, 16, [4, 3, 3, 1]), (5, 2, 9, [5, 5, 1, 1])]
+# B, I, H, sizes: no H but 16 fills a vector; one sequence, one step; packed sequences. Up to 8 rows
+# in all, the first ones, are computed another way.
+SHAPES = [(2, 3, 5, [2, 2, 2]), (1, 2, 17, [1, 1]), (3, 1, 1, [3]), (8, 18, 37, [8]),
+          (3, 35, 21, [3, 3, 1]), (13, 2, 3, [13, 13]), (4, 3, 16, [4, 3, 3, 1]),
+          (5, 2, 9, [5, 5, 1, 1]), (9, 20, 37, [9, 4])]
 REVERSE = [False, True]
 
 
@@ -110,7 +112,7 @@ def test_backward_twice_gives_the_same(place):
 
 @pytest.mark.parametrize("B,I,H,sizes", [
     (32, 7, 40, [32] * 5), (3, 64, 300, [3] * 6), (33, 5, 257, [33, 30, 7, 1]),
-    (64, 9, 128, [64] * 3)], ids=str)
+    (64, 9, 128, [64] * 3), (1, 64, 512, [1]), (8, 70, 257, [8]), (3, 65, 300, [3, 3, 2])], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_same_bits_from_run_to_run_and_for_any_number_of_threads(B, I, H, sizes, dtype):
     inputs = tensors(B, I, H, sizes, dtype)
@@ -396,15 +398,25 @@ def test_weight_gradients_of_wrong_shapes():
         torch.ops.rnn.lstm_weight_gradients(*good, [2, 1], False)
 
 
-def test_a_single_step_of_inference_takes_the_plain_path():
-    layer, x = rnn.LSTM(8, 16), torch.randn(2, 1, 8)
+@pytest.mark.parametrize("B", [1, 2, 3, 7, 8, 9, 40])
+@pytest.mark.parametrize("I,H", [(3, 5), (65, 33), (16, 300)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_step_by_step_as_torch(B, I, H, dtype):
+    """Up to 8 sequences, and many in bfloat16, are fused in a single step; others take the plain
+    path, as all do in training."""
+    theirs, ours = nn.LSTM(I, H, 2).double(), rnn.LSTM(I, H, 2, dtype=dtype)
+    ours.load_state_dict(theirs.state_dict())
+    theirs.load_state_dict(ours.state_dict())  # rounded alike
+    x = torch.randn(4, B, I, dtype=dtype)
+    assert rnn.fused.pays_off(x, [B] * 4) and rnn.fused.pays_off(x, [B]) == (
+        B == 40 and dtype == torch.bfloat16)
+    state = exact_state = None
     with torch.no_grad():
-        both, (h, _) = layer(x)
-        first, state = layer(x[:1])
-        second, (h1, _) = layer(x[1:], state)
-    assert rnn.fused.pays_off(x, [1, 1]) and not rnn.fused.pays_off(x, [1])
-    torch.testing.assert_close(torch.cat((first, second)), both, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(h, h1, rtol=1e-5, atol=1e-6)
+        assert rnn.fused.pays_off(x, [B]) == (B <= 8 or B == 40 and dtype == torch.bfloat16)
+        for t in range(4):
+            y, state = ours(x[t : t + 1], state)
+            exact, exact_state = theirs(x[t : t + 1].double(), exact_state)
+            close((y, *state), (exact, *exact_state), dtype)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -59,12 +59,10 @@ def test_char_lm_shapes_and_carried_state(vocab, ids, cell, options):
 def test_step_by_step_equals_all_at_once(vocab, ids, cell, options):
     model = small(vocab, cell=cell, **options).double().eval()
     x = ids[:60].view(3, 20)
-    whole, end = model(x)
-    state = model.init_state(3)
+    whole, _ = model(x)
+    step = model.stepper(model.init_state(3))
     for t in range(20):
-        logits, state = model.step(x[:, t], state)
-        torch.testing.assert_close(logits, whole[:, t], **TIGHT)
-    rnn.map_state(lambda a, b: torch.testing.assert_close(a, b, **TIGHT), state, end)
+        torch.testing.assert_close(step(x[:, t]), whole[:, t], **TIGHT)
 
 
 def test_char_lm_equals_torch_modules(vocab, ids):
@@ -507,6 +505,7 @@ def test_generate(vocab, text):
     assert one == rnn.generate(model, vocab, "Ann", 40, seed=3)
     assert one != rnn.generate(model, vocab, "Ann", 40, seed=4)
     greedy = rnn.generate(model, vocab, "Ann", 40, temperature=0)
+    assert greedy == rnn.generate(model, vocab, "Ann", 40, temperature=1e-320)
     assert greedy == rnn.generate(model, vocab, "Ann", 40, top_k=1)
     assert greedy == rnn.generate(model, vocab, "Ann", 40, temperature=1e-30)
     assert len(rnn.generate(model, vocab, "", 10)) == 10
@@ -518,13 +517,22 @@ def test_generate(vocab, text):
 
 
 def test_generate_is_the_model_s_own_distribution(vocab):
-    """Greedy sampling with a carried state equals reading the whole prefix again every time."""
+    """Sampling with a carried state equals reading the whole prefix again every time."""
     model = small(vocab).eval()
-    written = "Ann"
-    for _ in range(20):
-        logits, _ = model(vocab.encode(written)[None])
-        written += vocab.symbols[logits[0, -1].argmax()]
-    assert written == rnn.generate(model, vocab, "Ann", 20, temperature=0)
+    random = torch.Generator().manual_seed(7)
+
+    def greedy(logits):
+        return logits.argmax()
+
+    def draw(logits):
+        return torch.multinomial((logits.double() / 2).softmax(-1), 1, generator=random)
+
+    for choose, options in ((greedy, {"temperature": 0}), (draw, {"temperature": 2, "seed": 7})):
+        written = "Ann"
+        for _ in range(20):
+            logits, _ = model(vocab.encode(written)[None])  # (1, T, V)
+            written += vocab.symbols[choose(logits[0, -1])]
+        assert written == rnn.generate(model, vocab, "Ann", 20, **options)
 
 
 def test_generate_leaves_the_global_random_numbers_alone(vocab):
