@@ -391,6 +391,9 @@ class LSTM(RNNBase):
 FUSED = os.environ.get("RNN_FUSED", "")
 if FUSED not in ("", "0", "1"):
     raise ValueError(f"RNN_FUSED must be 0, 1 or unset, got '{FUSED}'")
+CPU = os.environ.get("RNN_CPU", "")  # a limit for what it uses: see csrc/tiles.h
+if CPU not in ("", "float32", "avx512_bf16", "amx"):
+    raise ValueError(f"RNN_CPU must be float32, avx512_bf16, amx or unset, got '{CPU}'")
 fused = None  # csrc/__init__.py as a module, once it is loaded
 
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The tests of the fused LSTM with a build that stops at the first invalid memory access or
-# undefined behaviour (GCC's AddressSanitizer and UndefinedBehaviorSanitizer).
+# undefined behaviour (GCC's AddressSanitizer and UndefinedBehaviorSanitizer). An argument chooses a
+# part, as pytest's -k does: tests/sanitize.sh attack
 set -euo pipefail
 cd "$(dirname "$0")/.."
 work=$(mktemp -d)
@@ -15,7 +16,8 @@ export TORCH_EXTENSIONS_DIR=$work/extensions
 # Python itself is not instrumented, so the sanitizers must be loaded before it. It and torch keep
 # memory until the end, which is no leak of ours. Nothing is captured: a report must be seen.
 libraries=$(for name in asan ubsan stdc++; do c++ -print-file-name=lib$name.so; done)
+export RNN_ATTACKS=${RNN_ATTACKS:-200}  # of each operator
 export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=4096
-LD_PRELOAD="${libraries//$'\n'/ }" python -m pytest -q --capture=no \
+LD_PRELOAD="${libraries//$'\n'/ }" python -m pytest -q --capture=no --durations=10 \
   tests/test_attack.py tests/test_fused.py tests/test_layers.py \
   -k "${*:-(fused or attack) and not without_its_tools and not decides and not does_not_load and not compile}"
