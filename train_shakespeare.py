@@ -464,6 +464,10 @@ def main(argv=None):
         return sample(model, vocab)
 
     if started_by_torchrun:
+        # DistributedDataParallel imports this module. If it does so later, its functions' defaults
+        # keep the process group, whose threads would then live on and can abort the exit.
+        import torch.distributed.nn
+
         on_gpu = device.startswith("cuda")
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
     rank, count = rnn.processes()

@@ -233,6 +233,7 @@ Three weight_gradients_cpu(const at::Tensor& da, const at::Tensor& x, const at::
   auto before = at::empty_like(h_);  // h': of the step before, or h0 where a sequence begins
   const int64_t bytes = H * h_.element_size();
   auto copy = [&](int64_t to, const at::Tensor& from, int64_t row, int64_t rows) {
+    if (rows * bytes == 0) return;  // an empty tensor has no address to copy from
     std::memcpy(static_cast<char*>(before.data_ptr()) + to * bytes,
                 static_cast<const char*>(from.const_data_ptr()) + row * bytes, rows * bytes);
   };

@@ -580,6 +580,9 @@ def test_the_environment_decides(tmp_path):
     assert loud.returncode and "RNN_FUSED=1, but the fused LSTM is not built" in loud.stderr
     nonsense = python(USE, tmp_path, RNN_FUSED="yes")
     assert "RNN_FUSED must be 0, 1 or unset, got 'yes'" in nonsense.stderr
+    nonsense = python(USE, tmp_path, RNN_CPU="amx512")
+    assert nonsense.returncode and nonsense.stderr.strip().endswith(
+        "ValueError: RNN_CPU must be float32, avx512_bf16, amx or unset, got 'amx512'")
     forbidden = python("import rnn; rnn.build()", tmp_path, RNN_FUSED="0")
     assert "RNN_FUSED=0 in the environment forbids" in forbidden.stderr
 

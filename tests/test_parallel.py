@@ -219,7 +219,11 @@ def test_the_script_in_two_processes_and_on_in_one(tmp_path, text, capsys):
 
 
 if __name__ == "__main__":
+    import torch.distributed.nn  # noqa: F401, first, as in train_shakespeare.py
+
     dist.init_process_group("gloo")
     globals()[sys.argv[1]](pathlib.Path(sys.argv[2]), dist.get_rank())
     dist.barrier()  # none leaves while another still talks to it
     dist.destroy_process_group()
+    threads = [file.read_text().strip() for file in pathlib.Path("/proc/self/task").glob("*/comm")]
+    assert not any("gloo" in name for name in threads), threads  # they could abort the exit
