@@ -197,7 +197,7 @@ def test_word_vectors_from_unlabelled_text_know_words_that_no_label_has_shown():
     train, test = plain_reviews(40, 1), plain_reviews(1000, 2)
     scratch = few_labels(train, test)
     frozen, tuned = (few_labels(train, test, vectors, freeze) for freeze in (True, False))
-    assert scratch < 0.7 and min(frozen, tuned) > 0.8
+    assert min(frozen, tuned) > scratch + 0.1
 
 
 def test_buckets_hold_little_padding():
@@ -261,8 +261,9 @@ def compare_optimizers(train, test):
 def compare_vectors():
     train, test = plain_reviews(40, 1), plain_reviews(1000, 2)
     vectors = vectors_from_text(plain_reviews(3000, 0)[0])
-    known = torch.isin(test[0][test[0] > 0], train[0]).double().mean()
-    print(f"\nWord vectors: 40 reviews with labels have {known:.0%} of the held-out words")
+    moods = test[0][(test[0] > 0) & (test[0] <= 2 * MOODS)]
+    known = torch.isin(moods, train[0]).double().mean()
+    print(f"\nWord vectors: 40 reviews with labels have {known:.0%} of the blame and praise held out")
     show_table(["from scratch", "learnt from 3,000 reviews without labels, frozen", "fine-tuned"],
                [[percent(few_labels(train, test, *start, seed=seed) for seed in range(5))
                  for start in ((), (vectors, True), (vectors, False))]])
