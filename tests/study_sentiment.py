@@ -263,7 +263,7 @@ def compare_vectors():
     vectors = vectors_from_text(plain_reviews(3000, 0)[0])
     moods = test[0][(test[0] > 0) & (test[0] <= 2 * MOODS)]
     known = torch.isin(moods, train[0]).double().mean()
-    print(f"\nWord vectors: 40 reviews with labels have {known:.0%} of the blame and praise held out")
+    print(f"\nWord vectors: 40 reviews with labels have {known:.0%} of the words of mood held out")
     show_table(["from scratch", "learnt from 3,000 reviews without labels, frozen", "fine-tuned"],
                [[percent(few_labels(train, test, *start, seed=seed) for seed in range(5))
                  for start in ((), (vectors, True), (vectors, False))]])
