@@ -15,10 +15,10 @@ NAMES = {"rnn": "RNN", "lstm": "LSTM", "gru": "GRU"}
 COLOURS = {"rnn": "#d55e00", "lstm": "#0072b2", "gru": "#009e73"}
 
 
-def fit(model, next_loss, steps, lr):
-    """Adam on `steps` losses, each made by next_loss(); gradients are clipped to norm 1, the rate
+def fit(model, next_loss, steps, lr, optimizer=torch.optim.Adam):
+    """Train on `steps` losses, each made by next_loss(); gradients are clipped to norm 1, the rate
     falls to 0 along a cosine. Returns the losses."""
-    optimizer = torch.optim.Adam(model.parameters(), lr, fused=True)
+    optimizer = optimizer(model.parameters(), lr, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     losses = []
     for _ in range(steps):

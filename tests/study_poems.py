@@ -43,6 +43,14 @@ def remembered(model, vocab, known):
             for poem in POEMS]
 
 
+def read_twice(model, vocab, known):
+    """The same by a tutorial's loop: it warms up on all the known characters, and then reads the
+    last of them once more to get the first new one."""
+    written = [rnn.generate(model, vocab, poem[:known] + poem[known - 1], len(poem) - known,
+                            temperature=0) for poem in POEMS]
+    return [text[:known] + text[known + 1 :] for text in written]
+
+
 def foreseen(model, vocab, known):
     """The probability of every character of TEXT from the known-th on, (N - known,), for a model
     that has read only so many characters before it."""
@@ -56,6 +64,7 @@ def test_the_poems_come_back():
     model, vocab, _ = learn()
     assert remembered(model, vocab, 2) == POEMS
     assert remembered(model, vocab, 1)[:3] == POEMS[:3]
+    assert not set(read_twice(model, vocab, 2)) & set(POEMS)
     unclear, clear = (foreseen(model, vocab, known)[:-10] for known in (1, 3))
     assert unclear.min() < 0.5 < 0.9 < clear.min()  # but for 10: no window of training begins there
 
@@ -76,6 +85,7 @@ def main():
     model, vocab, _ = learn()
     for poem in remembered(model, vocab, 2):
         print(f"{poem[:2]} -> {poem}")
+    print("The last known character read twice:", *read_twice(model, vocab, 2))
     known = torch.stack([foreseen(model, vocab, k)[4 - k :] for k in (1, 2, 3, 4)])  # (4, N - 4)
     save_figure("poems", lambda axes: draw(axes, curves, known), ncols=2, figsize=(10, 3.6),
                 width_ratios=(3, 4))

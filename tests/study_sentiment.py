@@ -1,4 +1,5 @@
-"""Sentiment, N -> 1: six short Chinese sentences, and long reviews in which order matters.
+"""Sentiment, N -> 1: six short Chinese sentences, long reviews in which order matters, and word
+vectors learnt beforehand.
 
     python tests/study_sentiment.py
 
@@ -47,13 +48,14 @@ def encode(vocab, labelled):
 
 
 WORDS = ["<pad>", "good", "bad", "not", "long", "loud", "dark"] + [f"word{k}" for k in range(20)]
-GOOD, BAD, NOT = 1, 2, 3
+GOOD, BAD, NOT, FILLER = 1, 2, 3, range(7, len(WORDS))
+OPTIMIZERS = (("Adam", 1e-3), ("Adam", 5e-3), ("SGD", 1e-3), ("SGD", 1.0))
 
 
 def review(chance, longest):
     """One review: ids, and whether it is a good one."""
     length = chance.randint(20, longest)
-    parts = [[chance.randrange(7, len(WORDS))] for _ in range(length)]
+    parts = [[chance.choice(FILLER)] for _ in range(length)]
     score = 0
     for k in chance.sample(range(length), 3):
         mood, negated = chance.choice((GOOD, BAD)), chance.random() < 0.5
@@ -90,7 +92,15 @@ def batches(data, epochs, bucketed=True):
             yield ids[b, : lengths[b].max()], lengths[b], labels[b]
 
 
-def long_reviews(train, test, cell, layers=1, bidirectional=False, seed=0, epochs=6):
+def without(data, words):
+    """The same reviews without some words, as if they were stop words."""
+    ids, lengths, labels = data
+    rows = [row[:length] for row, length in zip(ids, lengths)]
+    return *rnn.pad([row[~torch.isin(row, torch.tensor(words))] for row in rows]), labels
+
+
+def long_reviews(train, test, cell, layers=1, bidirectional=False, seed=0, epochs=6, lr=5e-3,
+                 optimizer="Adam"):
     """Accuracy on held-out reviews, and the training losses."""
     torch.manual_seed(seed)
     model = rnn.initialize(rnn.Classifier(len(WORDS), embed=16, hidden=48, layers=layers,
@@ -101,7 +111,8 @@ def long_reviews(train, test, cell, layers=1, bidirectional=False, seed=0, epoch
         ids, lengths, labels = next(source)
         return F.cross_entropy(model(ids, lengths), labels)
 
-    losses = fit(model, next_loss, epochs * -(-len(train[0]) // 32), lr=5e-3)
+    losses = fit(model, next_loss, epochs * -(-len(train[0]) // 32), lr,
+                 getattr(torch.optim, optimizer))
     with rnn.evaluating(model):
         return rnn.accuracy(model(test[0], test[1]), test[2]), losses
 
@@ -110,6 +121,47 @@ def padding(data, bucketed):
     """What part of the symbols in an epoch's batches is padding."""
     sizes = [(ids.numel(), int(lengths.sum())) for ids, lengths, _ in batches(data, 1, bucketed)]
     return 1 - sum(valid for _, valid in sizes) / sum(all_ for all_, _ in sizes)
+
+
+MOODS, OTHERS = 150, 50  # 1 to 150: words of blame; the next 150: of praise; then 50 others
+
+
+def plain_reviews(number, seed):
+    """Reviews of 8 to 16 words, two fifths of them blame or praise, never both; as `reviews`."""
+    chance = random.Random(seed)
+    labels = [chance.randrange(2) for _ in range(number)]
+    words = {label: range(1 + label * MOODS, 1 + (label + 1) * MOODS) for label in (0, 1)}
+    others = range(1 + 2 * MOODS, 1 + 2 * MOODS + OTHERS)
+    made = [[chance.choice(words[label] if chance.random() < 0.4 else others)
+             for _ in range(chance.randint(8, 16))] for label in labels]
+    return *rnn.pad(made), torch.tensor(labels)
+
+
+def vectors_from_text(ids, steps=300):
+    """Word vectors (V, 16): the embedding of a language model of reviews, ids (B, T), no labels."""
+    torch.manual_seed(0)
+    model = rnn.initialize(rnn.CharLM(1 + 2 * MOODS + OTHERS, embed=16, hidden=32))
+
+    def next_loss():
+        rows = ids[torch.randint(len(ids), (64,))]
+        logits, _ = model(rows[:, :-1])
+        return F.cross_entropy(logits.transpose(1, 2), rows[:, 1:], ignore_index=rnn.PAD)
+
+    fit(model, next_loss, steps, lr=1e-2)
+    return model.embedding.weight.detach()
+
+
+def few_labels(train, test, vectors=None, freeze=False, seed=0):
+    """Accuracy on held-out reviews of a classifier that begins with these word vectors, if any, and
+    with `freeze` keeps them as they are."""
+    torch.manual_seed(seed)
+    model = rnn.initialize(rnn.Classifier(1 + 2 * MOODS + OTHERS, embed=16, hidden=16))
+    if vectors is not None:
+        model.embedding.weight.data[1:] = vectors[1:]  # padding stays 0
+        model.embedding.weight.requires_grad_(not freeze)
+    fit(model, lambda: F.cross_entropy(model(*train[:2]), train[2]), 100, lr=1e-2)
+    with rnn.evaluating(model):
+        return rnn.accuracy(model(*test[:2]), test[2])
 
 
 def test_six_sentences_are_learnt():
@@ -123,6 +175,29 @@ def test_order_matters_and_gates_find_it():
     assert long_reviews(train, test, "lstm")[0] > 0.95
     assert long_reviews(train, test, "gru")[0] > 0.95
     assert long_reviews(train, test, "rnn")[0] < 0.75  # it forgets the first opinions
+
+
+def test_stop_words_can_carry_the_meaning():
+    train, test = reviews(2000, 40, 0), reviews(1000, 40, 1)
+    assert long_reviews(without(train, [NOT]), without(test, [NOT]), "gru")[0] < 0.6
+    plain, short = (without(data, list(FILLER)) for data in (train, test))
+    assert short[0].shape[1] <= 12 and long_reviews(plain, short, "rnn")[0] > 0.9
+
+
+def test_sgd_needs_a_rate_far_above_adam_s():
+    train, test = (without(reviews(n, 30, n), list(FILLER)) for n in (2000, 10))
+    losses = {rate: long_reviews(train, test, "gru", lr=rate, optimizer="SGD")[1]
+              for rate in (1e-3, 1.0)}
+    last = {rate: sum(loss[-30:]) / 30 for rate, loss in losses.items()}
+    assert last[1e-3] > 0.68 > 0.5 > last[1.0]
+
+
+def test_word_vectors_from_unlabelled_text_know_words_that_no_label_has_shown():
+    vectors = vectors_from_text(plain_reviews(3000, 0)[0])
+    train, test = plain_reviews(40, 1), plain_reviews(1000, 2)
+    scratch = few_labels(train, test)
+    frozen, tuned = (few_labels(train, test, vectors, freeze) for freeze in (True, False))
+    assert min(frozen, tuned) > scratch + 0.1
 
 
 def test_buckets_hold_little_padding():
@@ -149,9 +224,49 @@ def main():
     runs = {(cell, stack): [long_reviews(train, test, cell, *stack, seed) for seed in range(2)]
             for cell in NAMES for stack in STACKS}
     show_table(["cell", "1 layer", "2 layers", "3 layers", "1, both directions"],
-               [[NAMES[cell], *("; ".join(f"{accuracy:.1%}" for accuracy, _ in runs[cell, stack])
+               [[NAMES[cell], *(percent(accuracy for accuracy, _ in runs[cell, stack])
                                 for stack in STACKS)] for cell in NAMES])
+    compare_stop_words(train, test)
+    compare_optimizers(train, test)
+    compare_vectors()
     save_figure("sentiment", lambda axes: draw(axes, runs), ncols=2, figsize=(10, 3.6))
+
+
+def percent(accuracies):
+    return "; ".join(f"{accuracy:.1%}" for accuracy in accuracies)
+
+
+def compare_stop_words(train, test):
+    print("\nOne layer, when words are left out")
+    rows = []
+    for name, words in (("the word not", [NOT]), ("all filler", list(FILLER))):
+        cut = without(train, words), without(test, words)
+        rows.append([name, int(cut[0][1].max()),
+                     *(percent(long_reviews(*cut, cell, seed=seed)[0] for seed in range(2))
+                       for cell in NAMES)])
+    show_table(["left out", "longest review", *NAMES.values()], rows)
+
+
+def compare_optimizers(train, test):
+    print("\nGRU of one layer, by optimizer and rate")
+    rows = []
+    for optimizer, lr in OPTIMIZERS:
+        accuracies, losses = zip(*(long_reviews(train, test, "gru", seed=seed, lr=lr,
+                                                optimizer=optimizer) for seed in range(2)))
+        last = "; ".join(f"{sum(loss[-50:]) / 50:.4f}" for loss in losses)
+        rows.append([optimizer, lr, last, percent(accuracies)])
+    show_table(["optimizer", "rate", "loss of the last 50 steps", "held-out"], rows)
+
+
+def compare_vectors():
+    train, test = plain_reviews(40, 1), plain_reviews(1000, 2)
+    vectors = vectors_from_text(plain_reviews(3000, 0)[0])
+    moods = test[0][(test[0] > 0) & (test[0] <= 2 * MOODS)]
+    known = torch.isin(moods, train[0]).double().mean()
+    print(f"\nWord vectors: 40 reviews with labels have {known:.0%} of the words of mood held out")
+    show_table(["from scratch", "learnt from 3,000 reviews without labels, frozen", "fine-tuned"],
+               [[percent(few_labels(train, test, *start, seed=seed) for seed in range(5))
+                 for start in ((), (vectors, True), (vectors, False))]])
 
 
 def draw(axes, runs):
