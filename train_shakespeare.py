@@ -429,48 +429,42 @@ def first_line(error):
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def main(argv=None):
-    args = make_parser().parse_args(argv)
-    if args.no_fused:
-        os.environ["RNN_FUSED"] = "0"  # read when rnn is imported
+def choose_device(name, on_its_own):
+    """The device to run on; ValueError if it cannot be used. Of several processes each has a GPU of
+    its own, which is what "cuda" means from then on."""
     import torch
 
-    import rnn
-
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    started_by_torchrun = {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys()
+    device = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        if started_by_torchrun and device == "cuda":  # a process, a GPU: that is "cuda" from now on
+        if device == "cuda" and not on_its_own:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device} cannot be used: {error}") from error
+    return device
 
-    def sample(model, vocab, length=args.length, stream=sys.stdout):
-        rnn.generate(model, vocab, args.prompt, length, args.temperature, args.top_k, args.seed,
-                     stream)
-        print(file=stream)
 
-    if args.show and not args.sample:
-        raise ValueError("--show needs a checkpoint to look into: --sample CKPT")
-    if args.sample:
-        model, vocab, training = rnn.load(args.sample, device)
-        if args.show:
-            return look_inside(rnn, model, vocab, training, args)
-        if not isinstance(model, rnn.CharLM):
-            raise ValueError(f"{args.sample} is a {type(model).__name__}, which cannot write: "
-                             "a CharLM can")
-        build_fused(rnn, model.config["cell"])
-        return sample(model, vocab)
+def write(rnn, model, vocab, args, length=None, stream=sys.stdout):
+    """Let the model write, as the flags say."""
+    length = args.length if length is None else length
+    rnn.generate(model, vocab, args.prompt, length, args.temperature, args.top_k, args.seed, stream)
+    print(file=stream)
 
-    if started_by_torchrun:
-        # DistributedDataParallel imports this module. If it does so later, its functions' defaults
-        # keep the process group, whose threads would then live on and can abort the exit.
-        import torch.distributed.nn
 
-        on_gpu = device.startswith("cuda")
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
-    rank, count = rnn.processes()
+def only_sample(rnn, args, device):
+    model, vocab, training = rnn.load(args.sample, device)
+    if args.show:
+        return look_inside(rnn, model, vocab, training, args)
+    if not isinstance(model, rnn.CharLM):
+        raise ValueError(f"{args.sample} is a {type(model).__name__}, which cannot write: "
+                         "a CharLM can")
+    build_fused(rnn, model.config["cell"])
+    write(rnn, model, vocab, args)
+
+
+def train(rnn, args, device):
+    import torch
+
     resumed, stored = None, {}
     if args.resume:
         model, vocab, resumed = rnn.load(args.resume, device)
@@ -483,7 +477,7 @@ def main(argv=None):
         rnn.build()  # takes what rank 0 has compiled
     settings["dtype"] = settings["dtype"] or fast_dtype(device)
     length = {"steps": args.steps, "seconds": args.seconds}
-    if not (args.steps or args.seconds):
+    if args.steps is None and args.seconds is None:
         length = {name: stored.get(name) for name in length} if stored else {"seconds": 180.0}
 
     text, name = once(lambda: (read_text(args.data), args.data) if args.data else shakespeare())
@@ -495,14 +489,15 @@ def main(argv=None):
         vocab = rnn.Vocab.of(text)
         torch.manual_seed(settings["seed"])
         model = rnn.initialize(rnn.CharLM(len(vocab), **model_settings)).to(device)
-    sample(model, vocab, 0, io.StringIO())  # a bad prompt or temperature must show now, not later
+    write(rnn, model, vocab, args, 0, io.StringIO())  # a bad prompt must show now, not at the end
     ids = vocab.encode(text).to(device)
-    split = int(0.9 * len(ids))
+    train_ids, val_ids = ids[: int(0.9 * len(ids))], ids[int(0.9 * len(ids)) :]
     params = sum(p.numel() for p in model.parameters())
     dtype = getattr(torch, settings["dtype"])
     with torch.autocast(ids.device.type, dtype, enabled=dtype != torch.float32):
         served = rnn.fused and rnn.fused.can_run(torch.empty(0, device=device))
     path = "fused" if served and model_settings["cell"] == "lstm" else "plain"
+    rank, count = rnn.processes()
     if rank == 0:
         print(f"text: {name}, {len(ids):,} characters, {len(vocab)} symbols, sha256 {digest}\n"
               f"model: {params:,} parameters, {model_settings}, on {device}, {path} path\n"
@@ -511,21 +506,49 @@ def main(argv=None):
 
     out = args.out or (os.path.dirname(args.resume) or "." if args.resume else "out")
     evals = 10 if length.get("steps") else min(10, max(1, int(length["seconds"] / 30)))
-    result = rnn.train(model, vocab, ids[:split], ids[split:], out, evals=evals, resume=resumed,
+    result = rnn.train(model, vocab, train_ids, val_ids, out, evals=evals, resume=resumed,
                        notes={**settings, **length, "sha256": digest},
                        **{**settings, **length, "dtype": dtype})
-    if started_by_torchrun:
-        torch.distributed.barrier()  # none leaves while another still talks to it
-        torch.distributed.destroy_process_group()
     if rank > 0:
         return
-    loss, window = result["val_loss"], min(256, len(ids) - split - 1)
-    windowed = rnn.evaluate_windows(model, ids[split:], window)
+    loss, window = result["val_loss"], min(256, len(val_ids) - 1)
+    windowed = rnn.evaluate_windows(model, val_ids, window)
     print(f"final val_loss={loss:.4f} nats bpc={loss / math.log(2):.4f} "
           f"ppl={math.exp(loss):.3f} chars_per_s={result['chars_per_s']:.0f} "
           f"seconds={result['seconds']:.1f} params={params} windows_of_{window}={windowed:.4f}")
     print(f"sample, from {out}/best.pt at temperature {args.temperature}:")
-    sample(model, vocab)
+    write(rnn, model, vocab, args)
+
+
+def main(argv=None):
+    args = make_parser().parse_args(argv)
+    if args.no_fused:
+        os.environ["RNN_FUSED"] = "0"  # read when rnn is imported
+    import torch
+
+    import rnn
+
+    for name in ("steps", "seconds"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"--{name} must be above 0, got {value}")
+    if args.show and not args.sample:
+        raise ValueError("--show needs a checkpoint to look into: --sample CKPT")
+    on_its_own = not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys()  # else: of torchrun
+    device = choose_device(args.device, on_its_own)
+    if args.sample:
+        return only_sample(rnn, args, device)
+    if on_its_own:
+        return train(rnn, args, device)
+    # DistributedDataParallel imports this module. If it does so later, its functions' defaults
+    # keep the process group, whose threads would then live on and can abort the exit.
+    import torch.distributed.nn
+
+    on_gpu = device.startswith("cuda")
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    train(rnn, args, device)
+    torch.distributed.barrier()  # none leaves while another still talks to it
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

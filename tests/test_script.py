@@ -186,6 +186,9 @@ def test_a_page_that_cannot_be_made_is_one_clear_error(folder, monkeypatch, argu
 
 @pytest.mark.parametrize("arguments,message", [
     (["--sample", "none.pt"], "none.pt"),
+    (["--steps", "0"], "--steps must be above 0, got 0"),
+    (["--seconds", "0"], "--seconds must be above 0, got 0.0"),
+    (["--seconds", "nan"], "--seconds must be above 0, got nan"),
     (["--resume", "none.pt"], "none.pt"),
     (["--sample", "text.txt"], "text.txt is damaged or not a checkpoint"),
     (["--sample", "out/best.pt", "--prompt", "Zoë"], "not in the vocabulary: 'Z', 'ë'"),
