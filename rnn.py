@@ -412,6 +412,12 @@ class RNNBase(nn.Module):
     def flatten_parameters(self):
         """Nothing to do: torch.nn's method arranges the weights for cuDNN."""
 
+    @property
+    def all_weights(self):
+        """The parameters of each direction of each layer, as in torch.nn: a list of lists."""
+        return [[getattr(self, name + self._suffix(k, d)) for name in self.shapes(1)]
+                for k in range(self.num_layers) for d in range(self.directions)]
+
 
 class RNN(RNNBase):
     step = staticmethod(rnn_step)
@@ -1063,8 +1069,42 @@ def load(path, device="cpu"):
 
 
 # ----------------------------------------------------------------------------------------------
-# Training
-#
+# Training: what a step needs, what surrounds it, and at the end `train` with the loop
+
+
+def make_optimizer(model, lr, weight_decay):
+    """AdamW; the weights decay, biases and gains do not."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr, (0.9, 0.99), weight_decay=weight_decay, fused=True)
+
+
+def backpropagate(model, x, y, state, accumulate, autocast):
+    """Add the gradient of the mean loss on one batch, x and y (B, T), to the parameters; with
+    accumulate above 1 in as many parts, some of the rows each, to save memory. Returns the loss and
+    the state after the batch, detached: its values live on, its graph ends here. That truncates
+    BPTT; without it the graph, and the memory it holds, would reach back to the first batch."""
+    loss, ends = 0.0, []
+    for k, (xk, yk) in enumerate(zip(x.chunk(accumulate), y.chunk(accumulate))):
+        start = map_state(lambda s, k=k: s.chunk(accumulate, dim=1)[k], state)  # (layers, B_k, H)
+        with autocast:
+            logits, end = model(xk, start)
+        part = cross_entropy(logits, yk) * (len(xk) / len(x))
+        part.backward()
+        loss += part.detach()
+        ends.append(map_state(torch.Tensor.detach, end))
+    return loss, map_state(lambda *s: torch.cat(s, dim=1), *ends)
+
+
+def learning_rate(lr, warmup, schedule, step, done, halvings):
+    """The rate of a step: it rises for `warmup` steps; then it falls, by "cosine" to 3 % when the
+    run is done, with "plateau" to half at each halving."""
+    cosine = 0.03 + 0.97 * (1 + math.cos(math.pi * done)) / 2
+    fall = cosine if schedule == "cosine" else 0.5**halvings
+    return lr * min(1.0, (step + 1) / max(warmup, 1)) * fall
+
+
 # Several processes (of torchrun) train one model: each reads its share of every batch's rows, and
 # DistributedDataParallel gives all of them the mean gradient. The clock, Ctrl-C and the held-out
 # text are rank 0's business; it tells the others, so that all always take the same path.
@@ -1125,39 +1165,6 @@ def say(line, passing=False):
 def measures(loss):
     """A loss in nats in its three usual forms."""
     return f"loss {loss:.4f} ppl {math.exp(min(loss, 99)):.2f} bpc {loss / math.log(2):.3f}"
-
-
-def make_optimizer(model, lr, weight_decay):
-    """AdamW; the weights decay, biases and gains do not."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr, (0.9, 0.99), weight_decay=weight_decay, fused=True)
-
-
-def backpropagate(model, x, y, state, accumulate, autocast):
-    """Add the gradient of the mean loss on one batch, x and y (B, T), to the parameters; with
-    accumulate above 1 in as many parts, some of the rows each, to save memory. Returns the loss and
-    the state after the batch, detached: its values live on, its graph ends here. That truncates
-    BPTT; without it the graph, and the memory it holds, would reach back to the first batch."""
-    loss, ends = 0.0, []
-    for k, (xk, yk) in enumerate(zip(x.chunk(accumulate), y.chunk(accumulate))):
-        start = map_state(lambda s, k=k: s.chunk(accumulate, dim=1)[k], state)  # (layers, B_k, H)
-        with autocast:
-            logits, end = model(xk, start)
-        part = cross_entropy(logits, yk) * (len(xk) / len(x))
-        part.backward()
-        loss += part.detach()
-        ends.append(map_state(torch.Tensor.detach, end))
-    return loss, map_state(lambda *s: torch.cat(s, dim=1), *ends)
-
-
-def learning_rate(lr, warmup, schedule, step, done, halvings):
-    """The rate of a step: it rises for `warmup` steps; then it falls, by "cosine" to 3 % when the
-    run is done, with "plateau" to half at each halving."""
-    cosine = 0.03 + 0.97 * (1 + math.cos(math.pi * done)) / 2
-    fall = cosine if schedule == "cosine" else 0.5**halvings
-    return lr * min(1.0, (step + 1) / max(warmup, 1)) * fall
 
 
 def check_stored(name, stored, like):

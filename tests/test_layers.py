@@ -102,6 +102,8 @@ def test_drop_in(kind, layers, bias, batch_first, bidirectional, layout, given):
     ours.load_state_dict(theirs.state_dict(), strict=True)
     theirs.load_state_dict(ours.state_dict(), strict=True)
     assert repr(ours) == repr(theirs)
+    for a, b in zip(ours.all_weights, theirs.all_weights, strict=True):
+        assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize("kind", ["rnn_tanh", "gru", "lstm"])
