@@ -444,9 +444,8 @@ def choose_device(name, on_its_own):
     return device
 
 
-def write(rnn, model, vocab, args, length=None, stream=sys.stdout):
+def write(rnn, model, vocab, args, length, stream):
     """Let the model write, as the flags say."""
-    length = args.length if length is None else length
     rnn.generate(model, vocab, args.prompt, length, args.temperature, args.top_k, args.seed, stream)
     print(file=stream)
 
@@ -459,7 +458,7 @@ def only_sample(rnn, args, device):
         raise ValueError(f"{args.sample} is a {type(model).__name__}, which cannot write: "
                          "a CharLM can")
     build_fused(rnn, model.config["cell"])
-    write(rnn, model, vocab, args)
+    write(rnn, model, vocab, args, args.length, sys.stdout)
 
 
 def train(rnn, args, device):
@@ -517,7 +516,7 @@ def train(rnn, args, device):
           f"ppl={math.exp(loss):.3f} chars_per_s={result['chars_per_s']:.0f} "
           f"seconds={result['seconds']:.1f} params={params} windows_of_{window}={windowed:.4f}")
     print(f"sample, from {out}/best.pt at temperature {args.temperature}:")
-    write(rnn, model, vocab, args)
+    write(rnn, model, vocab, args, args.length, sys.stdout)
 
 
 def main(argv=None):
