@@ -23,6 +23,10 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(__AMXBF16__) && !defined(__AMX_BF16__)
+#define __AMX_BF16__ 1  // older versions of clang spell it so
+#endif
+
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #ifdef __AMX_BF16__

@@ -4,7 +4,7 @@ The long versions, each some minutes:
 
     RNN_KILLS=50 python -m pytest -q tests/test_damage.py -k killed     kills, of each of four runs
     RNN_EVERY=1 python -m pytest -q tests/test_damage.py -k flipped     every byte of a checkpoint
-    RNN_LONG=90000 python -m pytest -sq tests/test_damage.py -k memory    steps of training
+    RNN_LONG=200000 python -m pytest -sq tests/test_damage.py -k memory   steps of training
 """
 
 import collections
