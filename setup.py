@@ -41,8 +41,9 @@ setup(
     python_requires=">=3.11",
     install_requires=["torch>=2.11"],
     extras_require={"test": ["pytest", "ninja", "pybind11"]},
-    ext_modules=[Extension("rnn_C._native", [f"csrc/{name}" for name in csrc.SOURCES + cuda],
-                           extra_compile_args={"cxx": flags, "nvcc": ["-O3"]},
+    ext_modules=[Extension(f"rnn_C.{csrc.library()}",
+                           [f"csrc/{name}" for name in csrc.SOURCES + cuda],
+                           extra_compile_args={"cxx": flags, "nvcc": csrc.cuda_flags()},
                            extra_link_args=flags[2:])],
     cmdclass={"build_ext": BuildExtension},
 )

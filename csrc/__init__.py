@@ -4,7 +4,8 @@ setup.py installs this folder as the package rnn_C, with the compiled operators 
 it from there; or rnn.build() takes it from csrc/ and has it compiled just in time.
 """
 
-import importlib
+import hashlib
+import importlib.util
 import os
 import platform
 import re
@@ -18,7 +19,22 @@ FOLDER = os.path.dirname(os.path.abspath(__file__))
 SOURCES = ["lstm.cpp", "lstm_cpu.cpp", "lstm_bf16.cpp", "gradients.cpp"]
 TYPES = {"cpu": (torch.float32, torch.float64, torch.bfloat16),
          "cuda": (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
-has_cuda = False  # whether the operators that are loaded run on GPUs too
+has_cuda = None  # whether the operators run on GPUs too; None: they are not loaded yet
+
+RNN_CPU = os.environ.get("RNN_CPU", "")  # the most that tiles.h may use
+if RNN_CPU not in ("", "float32", "avx512_bf16", "amx"):
+    raise ValueError(f"RNN_CPU must be float32, avx512_bf16, amx or unset, got '{RNN_CPU}'")
+
+
+def library():
+    """The compiled library's name. It begins with `native`, and every torch and every CPU has its
+    own: one for another torch or CPU may crash as soon as it is loaded, so it is not even found."""
+    cpu = platform.processor()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:  # what the first core can do, as on x86 or on Arm
+            cpu = next((line for line in file if re.match("flags|Features", line)), cpu)
+    made_for = re.sub(r"\W", "_", torch.__version__)
+    return f"native_{made_for}_{hashlib.sha256(cpu.encode()).hexdigest()[:8]}"
 
 
 def flags():
@@ -47,35 +63,53 @@ def cuda_sources():
                       f"says: {said.strip()}. The fused LSTM is compiled for the CPU only; set "
                       "CUDA_HOME to a toolkit that fits", stacklevel=2)
         return []
-    if not torch.cuda.is_available():  # else torch takes the GPU at hand
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
     return ["lstm_cuda.cu"]
 
 
+def cuda_flags():
+    """For the GPU at hand or those of TORCH_CUDA_ARCH_LIST, which torch adds; with neither for
+    8.0, 9.0 and what comes after."""
+    if torch.cuda.is_available() or "TORCH_CUDA_ARCH_LIST" in os.environ:
+        return ["-O3"]
+    return ["-O3", "-gencode=arch=compute_80,code=sm_80",
+            "-gencode=arch=compute_90,code=[sm_90,compute_90]"]
+
+
 def load():
-    """The operators that setup.py has compiled. Raises ImportError or RuntimeError if there are
-    none, or if they are for another Python, torch or CPU."""
-    native = importlib.import_module("rnn_C._native")
-    if not torch.__version__.startswith(native.torch):  # it may load all the same, and then crash
-        raise ImportError(f"compiled for torch {native.torch}, but this is {torch.__version__}")
+    """The operators that setup.py has compiled. Raises ImportError if there are none, or if they
+    are for another Python, torch or CPU."""
+    if has_cuda is not None:  # rnn.py is being reloaded
+        return
+    name = f"rnn_C.{library()}"
+    if not importlib.util.find_spec(name):
+        raise ImportError(f"for this torch, {torch.__version__}, and this CPU it would be {name}, "
+                          f"which is not in {FOLDER}")
+    importlib.import_module(name)
     _register_shapes()
 
 
 def compile_and_load():
-    """Compile just in time; torch keeps the result. Takes a C++ compiler, ninja, half a minute."""
+    """Compile just in time; torch keeps the result. Takes a C++ compiler, ninja, half a minute.
+    Raises RuntimeError if that fails."""
     import fcntl  # Unix only, as are the flags
 
     from torch.utils import cpp_extension  # slow to import, so only here
 
+    # To register the operators twice would end the process.
+    if torch._C._dispatch_has_kernel("rnn::lstm_forward"):
+        raise RuntimeError("the operators of another build are loaded already: restart Python")
     sources = [os.path.join(FOLDER, name) for name in SOURCES + cuda_sources()]
-    name = "rnn_C_native_" + re.sub(r"\W", "_", torch.__version__)  # each torch has its own
+    name = f"rnn_C_{library()}"
     folder = cpp_extension._get_build_directory(name, verbose=False)
     with open(os.path.join(folder, "rnn.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one process at a time; ends with it, however it ends
         if os.path.exists(os.path.join(folder, "lock")):  # torch's own does not: a build that was
             os.unlink(os.path.join(folder, "lock"))  # killed would leave all others waiting
-        cpp_extension.load(name, sources, extra_cflags=flags(), extra_cuda_cflags=["-O3"],
-                           extra_ldflags=flags()[2:], build_directory=folder)
+        try:
+            cpp_extension.load(name, sources, extra_cflags=flags(), extra_cuda_cflags=cuda_flags(),
+                               extra_ldflags=flags()[2:], build_directory=folder)
+        except Exception as error:
+            raise RuntimeError(f"{error} (in {folder})") from error
     _register_shapes()
 
 
@@ -86,6 +120,9 @@ def _kind(t):
 def _check(like, sizes, N, B, **tensors):
     """As the checks of lstm.h: what cannot run must not be traced either. Each of the tensors, by
     name, comes with the shape that it must have."""
+    types = TYPES.get(like.device.type, TYPES["cpu"])
+    if like.dtype not in types:
+        raise RuntimeError(f"lstm: expected one of {types}, got {like.dtype}")
     for name, (t, shape) in tensors.items():
         if t.shape != shape or _kind(t) != (like.dtype, like.device, torch.strided):
             raise RuntimeError(f"lstm: {name} must be {shape}, dense, {like.dtype} on "
@@ -96,6 +133,12 @@ def _check(like, sizes, N, B, **tensors):
                            f"up to {N}, got {sizes}")
 
 
+def _check_matrices(**tensors):
+    for name, t in tensors.items():
+        if t.dim() != 2:
+            raise RuntimeError(f"lstm: {name} must have 2 dimensions, got {t.dim()}")
+
+
 def _register_shapes():
     """What the operators return, by shape: so that torch.compile can trace them."""
     global has_cuda
@@ -103,6 +146,7 @@ def _register_shapes():
 
     @torch.library.register_fake("rnn::lstm_forward")
     def _(x, w_ih, bias, h0, c0, w_hh, sizes, reverse, save):
+        _check_matrices(x=x, h0=h0, w_hh=w_hh)
         (N, I), (B, _), H = x.shape, h0.shape, w_hh.shape[1]
         _check(w_hh, sizes, N, B, x=(x, (N, I)), w_ih=(w_ih, (4 * H, I)), bias=(bias, (4 * H,)),
                h0=(h0, (B, H)), c0=(c0, (B, H)), w_hh=(w_hh, (4 * H, H)))
@@ -111,6 +155,7 @@ def _register_shapes():
 
     @torch.library.register_fake("rnn::lstm_backward")
     def _(dh, dc, gates, c, c0, w_hh, sizes, reverse):
+        _check_matrices(gates=gates, c0=c0, w_hh=w_hh)
         (N, _), (B, _), H = gates.shape, c0.shape, w_hh.shape[1]
         _check(w_hh, sizes, N, B, dh=(dh, (N, H)), dc=(dh if dc is None else dc, (N, H)),
                gates=(gates, (N, 4 * H)), c=(c, (N, H)), c0=(c0, (B, H)),
@@ -119,6 +164,7 @@ def _register_shapes():
 
     @torch.library.register_fake("rnn::lstm_weight_gradients")
     def _(da, x, h, h0, sizes, reverse):
+        _check_matrices(x=x, h0=h0)
         (N, I), (B, H) = x.shape, h0.shape
         _check(da, sizes, N, B, da=(da, (N, 4 * H)), x=(x, (N, I)), h=(h, (N, H)), h0=(h0, (B, H)))
         dtype = torch.float32 if da.dtype == torch.bfloat16 else da.dtype
@@ -129,6 +175,8 @@ def _register_shapes():
         if _kind(a) != _kind(b) or a.layout != torch.strided:  # torch.mm would see it too late
             raise RuntimeError(f"mm: expected dense tensors of one type on one device, got "
                                f"{_kind(a)} and {_kind(b)}")
+        if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[0]:
+            raise RuntimeError(f"mm: {tuple(a.shape)} and {tuple(b.shape)} cannot be multiplied")
         return torch.mm(a, b)
 
 
@@ -206,10 +254,11 @@ class FusedLSTM(torch.autograd.Function):
             return *gradients, None, None, None
         da, dh0, dc0 = torch.ops.rnn.lstm_backward(dh, dc, gates, c, c0, w_hh, ctx.sizes,
                                                    ctx.reverse)  # (N, 4H), (B, H), (B, H)
-        on_cpu = da.device.type == "cpu"
-        find = torch.ops.rnn.lstm_weight_gradients if on_cpu else weight_gradients
-        dw_ih, dw_hh, dbias = (g.to(inputs[-1].dtype)
-                               for g in find(da, x, h, h0, ctx.sizes, ctx.reverse))
+        on_cpu, dw_ih, dw_hh, dbias = da.device.type == "cpu", None, None, None
+        if any(ctx.needs_input_grad[3:6]):  # not if the weights are frozen
+            find = torch.ops.rnn.lstm_weight_gradients if on_cpu else weight_gradients
+            dw_ih, dw_hh, dbias = (g.to(inputs[-1].dtype)
+                                   for g in find(da, x, h, h0, ctx.sizes, ctx.reverse))
         mm = torch.ops.rnn.mm if on_cpu else torch.mm
         dx = mm(da, w_ih) if ctx.needs_input_grad[0] else None  # (N, I)
         return dx, dh0, dc0, dw_ih, dbias, dw_hh, None, None, None

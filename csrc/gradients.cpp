@@ -27,13 +27,16 @@ namespace {
 
 constexpr int64_t kPart = 4096;  // rows of N in a part
 template <typename T> constexpr int64_t kChunk = sizeof(T) == 4 ? 8 : 16;  // blocks of 32 rows
+template <typename T>  // numbers in a chunk's pair of tiles
+constexpr int64_t kPair = kChunk<T> * kParts<T> * 2 * kTileNumbers;
 constexpr int64_t kSumBytes = 600 << 10;  // of a group
 
 template <typename T> struct Weights {
   const T* da;                   // (N,4H)
   std::vector<const T*> x, h;    // N rows: of x, and of h'
-  float *dw_ih, *dw_hh, *dbias;  // as in lstm.h
+  float *dw_ih, *dw_hh, *dbias;  // as in lstm.h; dbias at first zero, (pairs of columns * 32)
   Bf16* features;                // operand of rows (feature tiles, blocks of a part)
+  Bf16* columns;                 // operand of columns: a chunk for each thread
   float* sums;                   // (pairs of columns, feature tiles, 2, 16, 16)
   int64_t N, I, H, tiles;        // feature tiles: first those of x, then of h'
   std::atomic<bool>* nan;        // becomes true if a result is NaN
@@ -44,13 +47,13 @@ template <typename T>
 void put_features(const std::vector<const T*>& rows, int64_t f, int64_t width, int64_t n0,
                   int64_t n1, Bf16* to) {
   constexpr int P = kParts<T>;
-  for (int64_t n = n0; n < n1; n += 32, to += P * kTile)
+  for (int64_t n = n0; n < n1; n += 32, to += P * kTileNumbers)
     for (int64_t j = 0; j < 16; ++j) {
       const int64_t even = n + 2 * j, odd = even + 1;
       __m512i pair[P];
       pairs(rows[std::min(even, n1 - 1)] + f, even < n1 ? width - f : 0,
             rows[std::min(odd, n1 - 1)] + f, odd < n1 ? width - f : 0, pair);
-      for (int p = 0; p < P; ++p) put_across(to + p * kTile + 2 * j, pair[p]);
+      for (int p = 0; p < P; ++p) put_across(to + p * kTileNumbers + 2 * j, pair[p]);
     }
 }
 
@@ -59,7 +62,7 @@ template <typename T>
 void put_da(const T* da, int64_t G, int64_t g, int64_t n0, int64_t n1, Bf16* to, float* dbias) {
   constexpr int P = kParts<T>;
   Floats sum[2] = {};
-  for (int64_t n = n0; n < n1; n += 32, to += P * 2 * kTile)
+  for (int64_t n = n0; n < n1; n += 32, to += P * 2 * kTileNumbers)
     for (int64_t j = 0; j < 16; ++j)
       for (int64_t v = 0; v < 2; ++v) {
         const int64_t even = n + 2 * j, exist = G - g - v * 16;
@@ -67,7 +70,7 @@ void put_da(const T* da, int64_t G, int64_t g, int64_t n0, int64_t n1, Bf16* to,
         __builtin_prefetch(at + 32), __builtin_prefetch(at + G + 32);  // of the next columns
         __m512i pair[P];
         pairs(at, even < n1 ? exist : 0, at + G, even + 1 < n1 ? exist : 0, pair);
-        put_columns<P>(to + v * kTile + j * 32, pair);
+        put_columns<P>(to + v * kTileNumbers + j * 32, pair);
         for (int p = 0; p < P; ++p)  // a bfloat16 is the upper half of a float32
           sum[v] += (Floats)_mm512_slli_epi32(pair[p], 16) +
                     (Floats)_mm512_and_si512(pair[p], _mm512_set1_epi32(0xffff0000));
@@ -80,9 +83,8 @@ template <typename T> void weight_gradients(const Weights<T>& a, int64_t id, int
   const int64_t G = 4 * a.H, tiles_x = (a.I + 15) / 16, tile_sums = 2 * kSums;
   const int64_t pairs = (G + 31) / 32, p0 = pairs * id / count, p1 = pairs * (id + 1) / count;
   const int64_t group = std::max<int64_t>(1, kSumBytes / (a.tiles * tile_sums * 4));
-  const int64_t next = std::min(kPart, round_up(a.N, 32)) / 32 * P * kTile;
-  auto own = fresh({kChunk<T> * P * 2 * kTile}, at::kBFloat16);
-  std::vector<float> dbias((p1 - p0) * 32);
+  const int64_t next = std::min(kPart, round_up(a.N, 32)) / 32 * P * kTileNumbers;
+  Bf16* const columns = a.columns + id * kPair<T>;
   TileRegisters registers(true, 16);
   for (int64_t n0 = 0; n0 < a.N; n0 += kPart) {
     const int64_t n1 = std::min(a.N, n0 + kPart);
@@ -94,11 +96,10 @@ template <typename T> void weight_gradients(const Weights<T>& a, int64_t id, int
       for (int64_t n = n0; n < n1; n += kChunk<T> * 32) {
         const int64_t end = std::min(n1, n + kChunk<T> * 32), blocks = (end - n + 31) / 32;
         for (int64_t p = g; p < std::min(p1, g + group); ++p) {
-          put_da(a.da, G, p * 32, n, end, data<Bf16>(own), &dbias[(p - p0) * 32]);
+          put_da(a.da, G, p * 32, n, end, columns, a.dbias + p * 32);
           for (int64_t m = 0; m < a.tiles; m += 2) {
-            const Bf16* features = a.features + m * next + (n - n0) / 32 * P * kTile;
+            const Bf16* features = a.features + m * next + (n - n0) / 32 * P * kTileNumbers;
             const Sums sums{a.sums + (p * a.tiles + m) * tile_sums, 16, kSums, tile_sums};
-            const Bf16* columns = data<Bf16>(own);
             if (n == 0) product<P>(true, true, features, next, columns, blocks, sums, [] {});
             else product<P, true>(true, true, features, next, columns, blocks, sums, [] {});
           }
@@ -118,8 +119,6 @@ template <typename T> void weight_gradients(const Weights<T>& a, int64_t id, int
       if (m < tiles_x) put(a.dw_ih + g * a.I + f, v, a.I - f);
       else if (f < a.H) put(a.dw_hh + g * a.H + f, v, a.H - f);
     }
-  for (int64_t g = p0 * 32; g < p1 * 32; g += 16)
-    put(a.dbias + g, get(&dbias[g - p0 * 32], 16), G - g);
   if (nan) *a.nan = true;
 }
 
@@ -130,7 +129,6 @@ template <typename T> void weight_gradients(const Weights<T>& a, int64_t id, int
 
 constexpr int P = 3;
 constexpr int64_t kChunkMm = kChunk<float>;
-constexpr int64_t kPair = kChunkMm * P * 2 * kTile;  // numbers in a chunk's pair of tiles
 
 // out (M,C), at first zero, in rows of `stride` numbers, with room for whole pairs of tiles
 void multiply(const float* a, const float* b, int64_t M, int64_t K, int64_t C, float* out,
@@ -138,9 +136,10 @@ void multiply(const float* a, const float* b, int64_t M, int64_t K, int64_t C, f
   const int64_t pairs_m = (M + 31) / 32, pairs_c = (C + 31) / 32;
   const bool narrow_a = M < C;  // else b is the narrower one
   const int64_t narrow = narrow_a ? pairs_m : pairs_c, wide = narrow_a ? pairs_c : pairs_m;
-  auto common = fresh({narrow, kPair}, at::kBFloat16);
+  auto common = fresh({narrow, kPair<float>}, at::kBFloat16);
+  auto owns = fresh({at::get_num_threads(), kPair<float>}, at::kBFloat16);
   team_of(wide, [&](int64_t id, int64_t count) {
-    auto own = fresh({kPair}, at::kBFloat16);
+    Bf16* const own = data<Bf16>(owns) + id * kPair<float>;
     TileRegisters registers(true, 16);
     for (int64_t k0 = 0; k0 < K; k0 += kChunkMm * 32) {
       const int64_t k1 = std::min(K, k0 + kChunkMm * 32), blocks = (k1 - k0 + 31) / 32;
@@ -149,18 +148,19 @@ void multiply(const float* a, const float* b, int64_t M, int64_t K, int64_t C, f
         if (!of_a) return put_da(b, C, pair * 32, k0, k1, to, unused);
         for (int64_t r = 0; r < 32; ++r)
           for (int64_t k = k0; k < k0 + blocks * 32; k += 16)
-            put_row<P>(to + (r / 16 * kChunkMm + (k - k0) / 32) * P * kTile + r % 16 * 32 + k % 32,
+            put_row<P>(to + (r / 16 * kChunkMm + (k - k0) / 32) * P * kTileNumbers + r % 16 * 32 +
+                           k % 32,
                        get(a + (pair * 32 + r) * K + k, pair * 32 + r < M ? K - k : 0));
       };
       for (int64_t j = id; j < narrow; j += count)
-        put_pair(narrow_a, j, data<Bf16>(common) + j * kPair);
+        put_pair(narrow_a, j, data<Bf16>(common) + j * kPair<float>);
       barrier();
       for (int64_t j = wide * id / count; j < wide * (id + 1) / count; ++j) {
-        put_pair(!narrow_a, j, data<Bf16>(own));
+        put_pair(!narrow_a, j, own);
         for (int64_t i = 0; i < narrow; ++i) {
-          const Bf16 *mine = data<Bf16>(own), *ours = data<Bf16>(common) + i * kPair;
+          const Bf16 *mine = own, *ours = data<Bf16>(common) + i * kPair<float>;
           const int64_t m = narrow_a ? i : j, c = narrow_a ? j : i;
-          product<P, true>(true, true, narrow_a ? ours : mine, kChunkMm * P * kTile,
+          product<P, true>(true, true, narrow_a ? ours : mine, kChunkMm * P * kTileNumbers,
                            narrow_a ? mine : ours, blocks,
                            {out + m * 32 * stride + c * 32, stride, 16, 16 * stride}, [] {});
         }
@@ -195,8 +195,9 @@ Three weight_gradients_cpu(const at::Tensor& da, const at::Tensor& x, const at::
               x.dim(), " and ", h0.dim());
   const int64_t N = x.size(0), I = x.size(1), B = h0.size(0), H = h0.size(1);
   const auto like = da.options();
-  check_matrix("da", da, da, N, 4 * H), check_matrix("x", x, da, N, I);
-  check_matrix("h", h, da, N, H), check_matrix("h0", h0, da, B, H);
+  check_type(da);
+  check("da", da, da, {N, 4 * H}), check("x", x, da, {N, I});
+  check("h", h, da, {N, H}), check("h0", h0, da, {B, H});
   check_sizes(sizes, B, N);
   const auto da_ = da.contiguous(), x_ = x.contiguous(), h_ = h.contiguous();
   const auto h0_ = h0.contiguous();
@@ -207,17 +208,19 @@ Three weight_gradients_cpu(const at::Tensor& da, const at::Tensor& x, const at::
        (like.dtype() == at::kFloat && 4.0 * N * H * (H + I) >= 2e7))) {
     const auto floats = like.dtype(at::kFloat);
     auto dw_ih = fresh({4 * H, I}, floats), dw_hh = fresh({4 * H, H}, floats);
-    auto dbias = fresh({4 * H}, floats);
+    auto dbias = at::zeros({round_up(4 * H, 32)}, floats);
     std::atomic<bool> nan = false;
     auto compute = [&](auto type) {
       using T = decltype(type);
       const int64_t tiles = round_up((I + 15) / 16 + (H + 15) / 16, 2), pairs = (H + 7) / 8;
       auto features = fresh({tiles, std::min(kPart, round_up(N, 32)), kParts<T> * 16},
                             like.dtype(at::kBFloat16));
+      auto columns = fresh({at::get_num_threads(), kPair<T>}, like.dtype(at::kBFloat16));
       auto sums = fresh({pairs, tiles, 2 * kSums}, floats);
       Weights<T> a{data<T>(da_), std::vector<const T*>(N), std::vector<const T*>(N),
                    data<float>(dw_ih), data<float>(dw_hh), data<float>(dbias),
-                   data<Bf16>(features), data<float>(sums), N, I, H, tiles, &nan};
+                   data<Bf16>(features), data<Bf16>(columns), data<float>(sums), N, I, H, tiles,
+                   &nan};
       for (const Step& s : steps)
         for (int64_t b = 0; b < s.rows; ++b) {
           a.x[s.row + b] = data<T>(x_) + (s.row + b) * I;
@@ -227,7 +230,7 @@ Three weight_gradients_cpu(const at::Tensor& da, const at::Tensor& x, const at::
     };
     if (like.dtype() == at::kFloat) compute(float{});
     else compute(Bf16{});
-    if (!nan || like.dtype() == at::kBFloat16) return {dw_ih, dw_hh, dbias};
+    if (!nan || like.dtype() == at::kBFloat16) return {dw_ih, dw_hh, dbias.resize_({4 * H})};
   }
 #endif
   auto before = at::empty_like(h_);  // h': of the step before, or h0 where a sequence begins

@@ -2,6 +2,7 @@
 //
 // Legend    T steps   B sequences   I features of the input   H hidden units
 //           N rows: one for every step of every sequence, T * B when all are equally long
+//           a the gates' inputs, before sigmoid and tanh   d.. the loss's gradient for ..
 //           Gates stand in the order i, f, g, o: columns 0..H, H..2H, 2H..3H, 3H..4H of a (.., 4H)
 //
 // Forward   for every step t in walking order (0 .. T-1; T-1 .. 0 when `reverse`), with h', c' the
@@ -26,8 +27,10 @@
 //
 // Tensors   Inputs are only read, results are new. All are of one type: float32, float64 or
 //           bfloat16, on CUDA also float16.
-//           A number is always summed in the same order, whatever the threads: results are the
-//           same bits from run to run and for any number of threads.
+//           lstm_forward and lstm_backward always sum a number in the same order, whatever the
+//           threads: on one machine their results are the same bits from run to run and for any
+//           number of threads. The two of gradients.cpp may hand the work to torch's product,
+//           which does not promise that.
 #pragma once
 #include <ATen/ATen.h>
 
@@ -57,7 +60,8 @@ Three lstm_backward(const at::Tensor& dh,                 // (N,H)
                     const at::Tensor& w_hh,               // (4H,H)
                     at::IntArrayRef sizes, bool reverse);
 
-// -> dW_ih (4H,I), dW_hh (4H,H), dbias (4H); float32 for bfloat16. On the CPU only.
+// -> dW_ih (4H,I), dW_hh (4H,H), dbias (4H); float32 for bfloat16, but without AMX rounded to
+//    bfloat16 first, as torch's own products are. On the CPU only.
 Three lstm_weight_gradients(const at::Tensor& da,  // (N,4H), from lstm_backward
                             const at::Tensor& x,   // (N,I)
                             const at::Tensor& h,   // (N,H), from lstm_forward
@@ -83,25 +87,28 @@ at::Tensor backward_bf16(const at::Tensor& dh, const at::Tensor& dc, const at::T
 
 // ---- Checks that every device's implementation makes first ----
 
-inline void check_matrix(const char* name, const at::Tensor& t, const at::Tensor& like,
-                         int64_t rows, int64_t columns) {
+inline void check(const char* name, const at::Tensor& t, const at::Tensor& like,
+                  at::IntArrayRef shape) {
   TORCH_CHECK(t.device() == like.device() && t.layout() == at::kStrided, "lstm: ", name,
               " must be a dense tensor on ", like.device(), ", got ", t.device());
-  TORCH_CHECK(t.scalar_type() == like.scalar_type(), "lstm: ", name, " is ", t.scalar_type(),
-              ", but w_hh is ", like.scalar_type());
-  TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, "lstm: ", name,
-              " must be (", rows, ", ", columns, "), got ", t.sizes());
+  TORCH_CHECK(t.scalar_type() == like.scalar_type(), "lstm: ", name, " must be ",
+              like.scalar_type(), " as the others, got ", t.scalar_type());
+  TORCH_CHECK(t.sizes() == shape, "lstm: ", name, " must be ", shape, ", got ", t.sizes());
+}
+
+inline void check_type(const at::Tensor& t) {
+  const auto type = t.scalar_type();
+  TORCH_CHECK(type == at::kFloat || type == at::kDouble || type == at::kBFloat16 ||
+                  (type == at::kHalf && t.is_cuda()),
+              "lstm: float32, float64, bfloat16 or, on CUDA, float16 expected, got ", type);
 }
 
 // w_hh decides H, the type and the device of all others.
 inline int64_t check_w_hh(const at::Tensor& w) {
   TORCH_CHECK(w.dim() == 2 && w.size(1) >= 1 && w.size(0) % 4 == 0 && w.size(0) / 4 == w.size(1),
               "lstm: w_hh must be (4H, H), got ", w.sizes());
-  const auto type = w.scalar_type();
-  TORCH_CHECK(type == at::kFloat || type == at::kDouble || type == at::kBFloat16 ||
-                  (type == at::kHalf && w.is_cuda()),
-              "lstm: float32, float64 or bfloat16 expected, got ", type);
-  check_matrix("w_hh", w, w, w.size(0), w.size(1));
+  check_type(w);
+  check("w_hh", w, w, w.sizes());
   return w.size(1);
 }
 
@@ -125,9 +132,9 @@ inline void check_forward(const at::Tensor& x, const at::Tensor& w_ih, const at:
   TORCH_CHECK(x.dim() == 2 && h0.dim() == 2, "lstm: x and h0 must have 2 dimensions, got ",
               x.dim(), " and ", h0.dim());
   const int64_t N = x.size(0), I = x.size(1), B = h0.size(0);
-  check_matrix("x", x, w_hh, N, I), check_matrix("w_ih", w_ih, w_hh, 4 * H, I);
-  check_matrix("bias", bias.unsqueeze(0), w_hh, 1, 4 * H);
-  check_matrix("h0", h0, w_hh, B, H), check_matrix("c0", c0, w_hh, B, H);
+  check("x", x, w_hh, {N, I}), check("w_ih", w_ih, w_hh, {4 * H, I});
+  check("bias", bias, w_hh, {4 * H});
+  check("h0", h0, w_hh, {B, H}), check("c0", c0, w_hh, {B, H});
   check_sizes(sizes, B, N);
 }
 
@@ -138,9 +145,9 @@ inline void check_backward(const at::Tensor& dh, const std::optional<at::Tensor>
   TORCH_CHECK(gates.dim() == 2 && c0.dim() == 2, "lstm: gates and c0 must have 2 dimensions, got ",
               gates.dim(), " and ", c0.dim());
   const int64_t N = gates.size(0), B = c0.size(0);
-  check_matrix("dh", dh, w_hh, N, H), check_matrix("gates", gates, w_hh, N, 4 * H);
-  check_matrix("c", c, w_hh, N, H), check_matrix("c0", c0, w_hh, B, H);
-  if (dc) check_matrix("dc", *dc, w_hh, N, H);
+  check("dh", dh, w_hh, {N, H}), check("gates", gates, w_hh, {N, 4 * H});
+  check("c", c, w_hh, {N, H}), check("c0", c0, w_hh, {B, H});
+  if (dc) check("dc", *dc, w_hh, {N, H});
   check_sizes(sizes, B, N);
 }
 

@@ -3,8 +3,9 @@
 // Tiles are multiplied by a unit of their own, so the nonlinearities of one panel of 32 units are
 // computed between the products of the next panel: 16 units of a row at a time.
 //
-// Operands: the rows are what varies with time, [x[t] h'] forward and da' backward, in two buffers
-// by turns: one is read, one written for the next step. The columns are [W_ih W_hh]^T and W_hh.
+// Operands: the rows are what varies with time, [x[t] h'] forward and da' backward. They are
+// double-buffered: one is read, one written for the next step. The columns are [W_ih W_hh]^T and
+// W_hh.
 // From step to step the cell state and its gradient are float32, for both types of tensors.
 #include "lstm.h"
 #include "team.h"
@@ -18,14 +19,14 @@ namespace {
 
 // Where the numbers from k on of row r of a row tile stand; k a multiple of 16, of K.
 template <int P> inline Bf16* at_row(Bf16* rows, int64_t tile, int64_t r, int64_t k, int64_t K) {
-  return rows + (tile * (K / 32) + k / 32) * P * kTile + r * 32 + k % 32;
+  return rows + (tile * (K / 32) + k / 32) * P * kTileNumbers + r * 32 + k % 32;
 }
 
 // The nonlinearities of a panel of 32 units in pieces, finish(row, unit) for 16 units of a row: one
 // at a time between the products of the next panel.
-template <typename Finish> class Pieces {
+template <typename Finish> class Epilogue {
  public:
-  Pieces(const Finish& finish, int64_t row, int64_t row_end, int64_t H)
+  Epilogue(const Finish& finish, int64_t row, int64_t row_end, int64_t H)
       : finish(finish), row(row), all(std::max<int64_t>(0, row_end - row) * 2), H(H) {}
   void operator()() {
     if (j == all) return;
@@ -79,7 +80,7 @@ void put_weights(const T* w, int64_t row, int64_t exist, int64_t K, int64_t k, B
     split<P>(get(w + (row + r) * K + k, n), low);
     split<P>(get(w + (row + r) * K + k + 16, n - 16), high);
     for (int p = 0; p < P; ++p)
-      put_across(to + p * 2 * kTile + r * 2,
+      put_across(to + p * 2 * kTileNumbers + r * 2,
                  _mm512_inserti64x4(_mm512_castsi256_si512(low[p]), high[p], 1));
   }
 }
@@ -88,12 +89,12 @@ template <typename T>
 void forward(const Forward<T>& a, const std::vector<Step>& steps, const Share& mine) {
   constexpr int P = kParts<T>;
   const int64_t I = round_up(a.I, 32), H = a.H, K = I + round_up(H, 32), R = a.R;
-  const int64_t row_tile = K / 32 * P * kTile, pair = 2 * row_tile;
+  const int64_t row_tile = K / 32 * P * kTileNumbers, pair = 2 * row_tile;
   const int64_t next = (H + 31) / 32 * 8 * kSums;  // sums of a row tile
   for (int64_t u = mine.pack * 32; u < std::min(mine.pack_end * 32, H); u += 16)
     for (int64_t gate = 0; gate < 4; ++gate) {
-      Bf16* to = a.columns + (u / 16 * 2 + gate / 2) * pair + gate % 2 * kTile;
-      for (int64_t k = 0; k < K; k += 32, to += P * 2 * kTile)
+      Bf16* to = a.columns + (u / 16 * 2 + gate / 2) * pair + gate % 2 * kTileNumbers;
+      for (int64_t k = 0; k < K; k += 32, to += P * 2 * kTileNumbers)
         if (k < I) put_weights(a.w_ih, gate * H + u, H - u, a.I, k, to);
         else put_weights(a.w_hh, gate * H + u, H - u, H, k - I, to);
     }
@@ -131,16 +132,16 @@ void forward(const Forward<T>& a, const std::vector<Step>& steps, const Share& m
       put(a.c + row * H + u, (Floats)c, n);
       for (int j = 0; j < 4; ++j) put(a.gates + (row * 4 + j) * H + u, (Floats)gate[j], n);
     };
-    Pieces pieces(finish, mine.row, row_end, H);
+    Epilogue epilogue(finish, mine.row, row_end, H);
     for (int64_t p = mine.panel; p < mine.panel_end; ++p) {
       for (int64_t q = p * 4; q < std::min(p * 4 + 4, (H + 15) / 16 * 2); ++q)
         for (int64_t b = mine.row; b < row_end; b += 2 * R)  // i and f, g and o of 16 units
           product<P>(a.amx, b + R < row_end, before + b / R * row_tile, row_tile,
                      a.columns + q * pair, K / 32,
-                     {a.sums + b / R * next + q * 2 * kSums, 16, kSums, next}, pieces);
-      pieces.follow(p);
+                     {a.sums + b / R * next + q * 2 * kSums, 16, kSums, next}, epilogue);
+      epilogue.follow(p);
     }
-    pieces.finish_all();
+    epilogue.finish_all();
     if (t + 1 < steps.size()) put_x(a, steps[t + 1], x0, x1, after, K);
     if (!mine.alone) barrier();
   }
@@ -157,7 +158,7 @@ template <typename T> struct Backward {
   const int64_t* first;  // (B): the row in which each sequence begins
   int64_t B, H, R;
   bool amx;
-  std::atomic<bool>* nan;  // becomes true if a gate's gradient is NaN or infinite
+  std::atomic<bool>* nan;  // becomes true if a result is NaN
 };
 
 // In an operand gate gradients stand in the order [unit / 16][gate][16]: all of 16 units together.
@@ -169,7 +170,7 @@ template <typename T>
 void backward(const Backward<T>& a, const std::vector<Step>& steps, const Share& mine) {
   constexpr int P = kParts<T>;
   const int64_t H = a.H, K = round_up(H, 16) * 4, R = a.R;
-  const int64_t row_tile = K / 32 * P * kTile, pair = 2 * row_tile;
+  const int64_t row_tile = K / 32 * P * kTileNumbers, pair = 2 * row_tile;
   const int64_t next = (H + 31) / 32 * 2 * kSums;  // sums of a row tile
   const int64_t begin = mine.panel * 32, end = std::min(H, mine.panel_end * 32);
   for (int64_t q = mine.pack; q < mine.pack_end; ++q)
@@ -179,17 +180,18 @@ void backward(const Backward<T>& a, const std::vector<Step>& steps, const Share&
         const T* w = a.w_hh + (gate * H + u) * H + column;
         __m512i numbers[P];
         pairs(w, u < H ? H - column : 0, w + H, u + 1 < H ? H - column : 0, numbers);
-        put_columns<P>(a.columns + q * pair + (k / 16 * P * 2 + v) * kTile + k % 16 * 32, numbers);
+        put_columns<P>(a.columns + q * pair + (k / 16 * P * 2 + v) * kTileNumbers + k % 16 * 32,
+                       numbers);
       }
   barrier();
 
   TileRegisters registers(a.amx, R);
-  // All products of this thread with `rows`; `pieces` follow, a panel behind.
-  auto products = [&](const Bf16* rows, int64_t row_end, auto&& pieces, auto&& done) {
+  // All products of this thread with `rows`; `epilogue` follows, a panel behind.
+  auto products = [&](const Bf16* rows, int64_t row_end, auto&& epilogue, auto&& done) {
     for (int64_t p = mine.panel; p < mine.panel_end; ++p, done(p - 1))
       for (int64_t b = mine.row; b < row_end; b += 2 * R)
         product<P>(a.amx, b + R < row_end, rows + b / R * row_tile, row_tile, a.columns + p * pair,
-                   K / 32, {a.sums + b / R * next + p * 2 * kSums, 16, kSums, next}, pieces);
+                   K / 32, {a.sums + b / R * next + p * 2 * kSums, 16, kSums, next}, epilogue);
   };
   auto sum = [&](int64_t b, int64_t u) {  // 0 beyond H, for the same reason
     return get(a.sums + b / R * next + u / 16 * kSums + b % R * 16, H - u);
@@ -216,18 +218,18 @@ void backward(const Backward<T>& a, const std::vector<Step>& steps, const Share&
       put(a.dc_now + b * H + u, dc * f, n);
       const Floats da[4] = {dc * g * i * (1 - i), dc * c * f * (1 - f), dc * i * (1 - g * g),
                             dh * tanh_c * o * (1 - o)};
-      nan |= is_nan((da[0] + da[1] + da[2] + da[3]) * 0);  // infinity too: dh0 is next
+      nan |= is_nan(da[0] + da[1] + da[2] + da[3]);
       for (int64_t gate = 0; gate < 4; ++gate) {
         put_row<P>(at_row<P>(a.rows[(t + 1) % 2], b / R, b % R, place(u, gate), K), da[gate]);
         put(a.da + (row * 4 + gate) * H + u, da[gate], n);
       }
     };
-    Pieces pieces(finish, mine.row, row_end, H);
-    products(a.rows[t % 2], std::min(row_end, later), pieces, [&](int64_t p) { pieces.follow(p); });
-    pieces.finish_all();
+    Epilogue epilogue(finish, mine.row, row_end, H);
+    products(a.rows[t % 2], std::min(row_end, later), epilogue,
+             [&](int64_t p) { epilogue.follow(p); });
+    epilogue.finish_all();
     if (!mine.alone) barrier();
   }
-  if (nan) *a.nan = true;
 
   // What each sequence's first step hands to h0.
   const int64_t b0 = mine.alone ? mine.row : a.B * mine.id / mine.count;
@@ -240,7 +242,11 @@ void backward(const Backward<T>& a, const std::vector<Step>& steps, const Share&
   barrier();
   products(a.rows[0], mine.row_end, [] {}, [](int64_t) {});
   for (int64_t b = mine.row; b < mine.row_end; ++b)
-    for (int64_t u = begin; u < end; u += 16) put(a.dh0 + b * H + u, sum(b, u), H - u);
+    for (int64_t u = begin; u < end; u += 16) {
+      nan |= is_nan(sum(b, u));
+      put(a.dh0 + b * H + u, sum(b, u), H - u);
+    }
+  if (nan) *a.nan = true;
 }
 
 // Equal row tiles of at most 16: 50 = 13 + 13 + 13 + 11. As many for each thread, where those can
@@ -284,8 +290,8 @@ at::Tensor forward_bf16(const at::Tensor& x, const at::Tensor& w_ih, const at::T
   with_type(like, [&](auto type) {
     using T = decltype(type);
     constexpr int P = kParts<T>;
-    auto columns = fresh({panels * 4, blocks, P, 2, kTile}, like.dtype(at::kBFloat16));
-    auto rows = at::zeros({2, tiles, blocks, P, kTile}, like.dtype(at::kBFloat16));
+    auto columns = fresh({panels * 4, blocks, P, 2, kTileNumbers}, like.dtype(at::kBFloat16));
+    auto rows = at::zeros({2, tiles, blocks, P, kTileNumbers}, like.dtype(at::kBFloat16));
     Forward<T> a{data<T>(x), data<T>(w_ih), data<T>(h0), data<T>(w_hh), data<float>(bias_),
                  data<T>(h), data<T>(c), gates.size(0) ? data<T>(gates) : nullptr,
                  data<Bf16>(columns), {data<Bf16>(rows), data<Bf16>(rows) + rows.numel() / 2},
@@ -313,8 +319,8 @@ at::Tensor backward_bf16(const at::Tensor& dh, const at::Tensor& dc, const at::T
   with_type(like, [&](auto type) {
     using T = decltype(type);
     constexpr int P = kParts<T>;
-    auto columns = fresh({panels, blocks, P, 2, kTile}, like.dtype(at::kBFloat16));
-    auto rows = at::zeros({2, tiles, blocks, P, kTile}, like.dtype(at::kBFloat16));
+    auto columns = fresh({panels, blocks, P, 2, kTileNumbers}, like.dtype(at::kBFloat16));
+    auto rows = at::zeros({2, tiles, blocks, P, kTileNumbers}, like.dtype(at::kBFloat16));
     Backward<T> a{data<T>(dh), dc.defined() ? data<T>(dc) : nullptr, data<T>(gates), data<T>(c),
                   data<T>(c0), data<T>(w_hh), data<T>(da), data<T>(dh0), data<Bf16>(columns),
                   {data<Bf16>(rows), data<Bf16>(rows) + rows.numel() / 2}, data<float>(sums),

@@ -25,14 +25,17 @@ void tile(const T* x, int64_t stride, const Vec<T>* w, int64_t K, Vec<T>* out) {
     for (int v = 0; v < V; ++v) sum[r][v] = out[r * V + v];
   for (int64_t k = 0; k < K; ++k, w += V)
     for (int r = 0; r < R; ++r) {
-      Vec<T> value = x[r * stride + k] - Vec<T>{};  // in all lanes (`+` would be a real addition)
+      const Vec<T> value = broadcast<T>(x[r * stride + k]);
       for (int v = 0; v < V; ++v) sum[r][v] += value * w[v];
     }
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) out[r * V + v] = sum[r][v];
 }
 
-template <typename T, int V, int R = kRows * 2 / V>
+// The same for any number of rows up to kTileRows. R is a template parameter, with one function for
+// each number, because only a sum whose place is known to the compiler can stay in a register.
+template <int V> constexpr int kTileRows = kRows * 2 / V;
+template <typename T, int V, int R = kTileRows<V>>
 void product(int64_t rows, const T* x, int64_t stride, const Vec<T>* w, int64_t K, Vec<T>* out) {
   if constexpr (R > 1)
     if (rows < R) return product<T, V, R - 1>(rows, x, stride, w, K, out);
@@ -85,13 +88,13 @@ template <typename T, typename W> struct Forward {  // weights of type W
   const W *w_ih, *w_hh;
   T *h, *c, *gates;                           // (N,H), (N,H), (N,4H); gates null: no c either
   Vec<T>* panels;                             // null, or (panels, I + H, 4) vectors of L units
-  T *h_now, *c_now;                           // (2, B, padded H) by turns; (B,H)
+  T *h_now, *c_now;                           // (2, B, padded H), double-buffered; (B,H)
   int64_t B, I, H;
 };
 
 template <typename T, typename W>
 void forward(const Forward<T, W>& a, const std::vector<Step>& steps, const Share& mine) {
-  constexpr int L = kLanes<T>, kTile = kRows / 2;
+  constexpr int L = kLanes<T>, most = kTileRows<4>;
   const int64_t B = a.B, I = a.I, H = a.H, K = I + H, wide = padded<T>(H);
   for (int64_t p = mine.pack; a.panels && p < mine.pack_end; ++p)
     for (int64_t k0 = 0; k0 < K; k0 += L)  // rows of W become lanes, a few numbers at a time
@@ -108,10 +111,10 @@ void forward(const Forward<T, W>& a, const std::vector<Step>& steps, const Share
     const T* before = a.h_now + t % 2 * B * wide;  // every row's h', or h0 if it has not begun
     T* after = a.h_now + (t + 1) % 2 * B * wide;
     for (int64_t p = mine.panel; p < mine.panel_end; ++p)
-      for_tiles(mine.row, std::min(mine.row_end, s.rows), kTile, [&](int64_t b0, int64_t b1) {
+      for_tiles(mine.row, std::min(mine.row_end, s.rows), most, [&](int64_t b0, int64_t b1) {
         const int64_t rows = b1 - b0, u = p * L, n = H - u;
         const Vec<T>* w = a.panels + p * K * 4;
-        Vec<T> sum[kTile][4];
+        Vec<T> sum[most][4];
         for (int64_t r = 0; r < rows; ++r)
           for (int gate = 0; gate < 4; ++gate) sum[r][gate] = load(a.bias + gate * H + u, n);
         if (a.panels) {
@@ -146,7 +149,7 @@ template <typename T> struct Backward {
   T *da, *dh0, *dc0;                         // (N,4H), (B,H), (B,H); dc0 carries dc' * f'
   Vec<T>* panels;                            // (panels, 4H, 2) vectors of L units
   Vec<T>* sums;                              // (panels, B, 2): da' W_hh
-  T* da_now;                                 // (2, B, padded 4H) by turns
+  T* da_now;                                 // (2, B, padded 4H), double-buffered
   const int64_t* first;                      // (B): the row in which each sequence begins
   int64_t B, H;
 };
@@ -173,7 +176,7 @@ void backward(const Backward<T>& a, const std::vector<Step>& steps, const Share&
     T* after = a.da_now + (t + 1) % 2 * B * wide;
     for (int64_t k = 0; k < 4 * H; k += kBlock)  // a block of da' stays near for all panels
       for (int64_t p = mine.panel; p < mine.panel_end; ++p)
-        for_tiles(mine.row, std::min(row_end, later), kRows, [&](int64_t b0, int64_t b1) {
+        for_tiles(mine.row, std::min(row_end, later), kTileRows<2>, [&](int64_t b0, int64_t b1) {
           Vec<T>* sum = a.sums + (p * B + b0) * 2;
           if (k == 0) std::fill(sum, sum + (b1 - b0) * 2, Vec<T>{});
           product<T, 2>(b1 - b0, before + b0 * wide + k, wide, a.panels + (p * 4 * H + k) * 2,

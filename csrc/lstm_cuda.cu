@@ -323,7 +323,7 @@ template <typename T> constexpr int kBackwardUnits = sizeof(T) == 2 ? 16 : 8;  /
 template <typename T> struct Forward {
   const T *c0, *w_hh;     // as in lstm.h
   T *h, *c, *gates;       // as in lstm.h; gates come as the input's part of the sums
-  T* h_now;               // (2, groups * rows, padded H): the state, by turns; both begin as h0
+  T* h_now;               // (2, groups * rows, padded H): the state, double-buffered, first h0
   unsigned* done;         // (groups, blocks of units), zero
   int H, rows;            // rows: of a group, a multiple of kTile
   bool save;              // else c is (B,H): what the sequences end with
@@ -382,7 +382,7 @@ template <typename T> struct Backward {
   const T *dh, *dc, *gates, *c, *c0, *w_hh;  // as in lstm.h; dc may be null
   T* da;                                     // as in lstm.h
   T *da_first, *dc0;                         // (B,4H), (B,H): of every sequence's first step
-  T* da_now;                                 // (2, groups * rows, padded 4H), by turns; zero
+  T* da_now;                                 // (2, groups * rows, padded 4H), double-buffered; zero
   unsigned* done;                            // as in Forward
   int H, rows;
 };
@@ -474,6 +474,7 @@ template <typename T> Plan plan(void* kernel, const Problem& p, int units, int J
   groups = (tiles + each - 1) / each;  // no empty ones
   if (p.B > kMostSequences || p.T > std::numeric_limits<int>::max() ||
       device_has(cudaDevAttrComputeCapabilityMajor) < 8 ||
+      !device_has(cudaDevAttrCooperativeLaunch) ||
       shared_bytes > size_t(device_has(cudaDevAttrMaxSharedMemoryPerBlockOptin)))
     return {};
   int per_processor = 0;

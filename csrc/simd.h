@@ -26,7 +26,7 @@ template <> struct Simd<float> {
   typedef float Unaligned __attribute__((vector_size(kBytes), aligned(4), may_alias));
   typedef int32_t I __attribute__((vector_size(kBytes)));
   static constexpr int mantissa = 23, bias = 127, terms = 7;
-  static constexpr float largest = 43;  // the square of e^43 is still finite
+  static constexpr float largest = 43;  // e^-43 is nothing beside 1, and e^43 is still finite
 };
 template <> struct Simd<double> {
   typedef double V __attribute__((vector_size(kBytes)));
@@ -37,6 +37,9 @@ template <> struct Simd<double> {
 };
 template <typename T> using Vec = typename Simd<T>::V;
 template <typename T> constexpr int kLanes = kBytes / sizeof(T);
+
+// The same value in all lanes: `- 0` costs nothing, `+ 0` would be an addition, as it changes -0.
+template <typename T> inline Vec<T> broadcast(T value) { return value - Vec<T>{}; }
 
 // Of a vector's lanes only the first n exist in memory: the last panel may reach beyond H.
 template <typename T> inline Vec<T> load(const T* p, int64_t n) {
@@ -69,41 +72,30 @@ template <typename T> inline Vec<T> expm1(Vec<T> x) {
   constexpr T ln2_high = 355.0L / 512;  // has few bits, so that n * ln2_high is exact
   constexpr T ln2_low = 0.693147180559945309417232L - 355.0L / 512;
   constexpr T round = 1.5L * (int64_t(1) << S::mantissa);  // adding it rounds to an integer
-  x = S::largest < x ? S::largest - Vec<T>{} : x;
-  x = -S::largest > x ? -S::largest - Vec<T>{} : x;
+  x = S::largest < x ? broadcast<T>(S::largest) : x;
+  x = -S::largest > x ? broadcast<T>(-S::largest) : x;
   Vec<T> shifted = x * T(1.442695040888963407359925L) + round;  // n stands in its lowest bits
   Vec<T> n = shifted - round;
   Vec<T> r = x - n * ln2_high - n * ln2_low;
   long double factorial = 1;
   T inverse[S::terms + 1];  // 1 / k!, worked out by the compiler
   for (int k = 1; k <= S::terms; ++k) inverse[k] = T(1 / (factorial *= k));
-  Vec<T> p = inverse[S::terms] - Vec<T>{};
+  Vec<T> p = broadcast<T>(inverse[S::terms]);
   for (int k = S::terms - 1; k >= 1; --k) p = p * r + inverse[k];
   Vec<T> power = (Vec<T>)(((typename S::I)shifted + S::bias) << S::mantissa);  // 2^n
   return power * (p * r) + (power - 1);
 }
 
-// A vector division takes as long as some thirty products. Two quotients from one:
-// a / b = a d (1 / (b d)) and c / d = c b (1 / (b d)). No b d overflows, see `largest`.
-template <typename T>
-inline void divide(Vec<T> a, Vec<T> b, Vec<T> c, Vec<T> d, Vec<T>* first, Vec<T>* second) {
-  const Vec<T> q = 1 / (b * d);
-  *first = a * d * q, *second = c * b * q;
-}
-
 // sigmoid(x) = 1 / (1 + e^-x);  tanh(x) = (1 - e^-2x) / (1 + e^-2x)
+template <typename T> inline Vec<T> sigmoid(Vec<T> x) { return 1 / (2 + expm1<T>(-x)); }
 template <typename T> inline Vec<T> tanh(Vec<T> x) {
   const Vec<T> m = expm1<T>(-2 * x);
   return -m / (2 + m);
 }
 
-// The four gates from their sums: i, f, g, o. In a pair NaN reaches both quotients; so it reaches
-// c, as it must, from i, f or g. From o alone it must not.
-template <typename T> inline void activate(const Vec<T>* a, Vec<T>* gate) {
-  const Vec<T> one = 1 - Vec<T>{}, m = expm1<T>(-2 * a[2]), o = 2 + expm1<T>(-a[3]);
-  divide<T>(one, 2 + expm1<T>(-a[0]), one, 2 + expm1<T>(-a[1]), &gate[0], &gate[1]);
-  divide<T>(-m, 2 + m, one, o == o ? o : one, &gate[2], &gate[3]);
-  gate[3] += o - o;  // 0 or NaN
+template <typename T> inline void activate(const Vec<T>* a, Vec<T>* gate) {  // i, f, g, o
+  gate[0] = sigmoid<T>(a[0]), gate[1] = sigmoid<T>(a[1]);
+  gate[2] = tanh<T>(a[2]), gate[3] = sigmoid<T>(a[3]);
 }
 
 }  // namespace

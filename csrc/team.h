@@ -34,6 +34,7 @@ struct Share {
 
 // Runs body(id, count) on a team of at most `most` threads. It may be smaller than asked for, and
 // is one thread without OpenMP: shares follow its true size. Inside a parallel region, one thread.
+// `body` must neither throw nor allocate: an exception that leaves a team ends the process.
 template <typename Body> void team_of(int64_t most, const Body& body) {
 #ifdef _OPENMP
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();

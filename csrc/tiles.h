@@ -8,8 +8,11 @@
 //   bfloat16   as it is; the sums are float32.
 //   float32    a number is the sum of three bfloat16 parts, v = v0 + v1 + v2, of 8 bits each. Of
 //              the nine products of parts the six largest, v0w0 v0w1 v1w0 v1w1 v0w2 v2w0, give v w
-//              to float32's own precision, and still faster than its own product. Only infinity has
-//              no parts: inf - inf is NaN, and so is all that it meets.
+//              to float32's own precision, and still faster than its own product. Only infinity,
+//              and what rounds to it as a bfloat16, has no parts: inf - inf is NaN, and so is all
+//              that it meets. And AMX takes subnormal numbers, below 2^-126, for zero: a number
+//              below about 2^-108, 3e-33, loses its last parts, and every part and product below
+//              2^-126 is lost.
 //
 // Layout. The inner loop should find each tile as one piece of 1 KiB, so operands are copied into
 //   rows     (row tiles, blocks of 32 numbers, parts, 16 rows, 32 numbers)
@@ -39,7 +42,7 @@ namespace {
 
 using Bf16 = uint16_t;
 using Floats = __m512;              // 16 lanes
-constexpr int64_t kTile = 16 * 32;  // numbers in a tile of an operand
+constexpr int64_t kTileNumbers = 16 * 32;  // numbers in a tile of an operand
 constexpr int64_t kSums = 16 * 16;  // numbers in a tile of sums
 
 template <typename T> constexpr int kParts = sizeof(T) == 4 ? 3 : 1;
@@ -72,7 +75,7 @@ template <int P> inline void split(Floats v, __m256i* part) {
 template <int P> inline void put_row(Bf16* to, Floats v) {
   __m256i part[P];
   split<P>(v, part);
-  for (int p = 0; p < P; ++p) _mm256_store_si256((__m256i*)(to + p * kTile), part[p]);
+  for (int p = 0; p < P; ++p) _mm256_store_si256((__m256i*)(to + p * kTileNumbers), part[p]);
 }
 
 // Two rows' numbers side by side, as pairs; of each row the first min(n, 16) are in memory.
@@ -94,7 +97,7 @@ inline void pairs(const Bf16* even, int64_t n_even, const Bf16* odd, int64_t n_o
 
 // Pairs of sixteen columns; `to` is their place in the column tile of the first part.
 template <int P> inline void put_columns(Bf16* to, const __m512i* pair) {
-  for (int p = 0; p < P; ++p) _mm512_store_si512(to + p * 2 * kTile, pair[p]);
+  for (int p = 0; p < P; ++p) _mm512_store_si512(to + p * 2 * kTileNumbers, pair[p]);
 }
 
 // Sixteen pairs, each to the next line of a tile: so rows become columns, and columns rows.
@@ -160,12 +163,12 @@ void product_amx(const Bf16* rows, int64_t next, const Bf16* columns, int64_t bl
   }
   // A tile register is loaded anew as soon as its last product is under way, so products with the
   // one to be loaded next come first. (GCC wants the registers' numbers as literals.)
-  auto rows_0 = [&](int p) { _tile_loadd(4, rows + p * kTile, 64); };
+  auto rows_0 = [&](int p) { _tile_loadd(4, rows + p * kTileNumbers, 64); };
   auto rows_1 = [&](int p) {
-    if constexpr (R == 2) _tile_loadd(5, rows + next + p * kTile, 64);
+    if constexpr (R == 2) _tile_loadd(5, rows + next + p * kTileNumbers, 64);
   };
-  auto columns_0 = [&](int p) { _tile_loadd(6, columns + 2 * p * kTile, 64); };
-  auto columns_1 = [&](int p) { _tile_loadd(7, columns + (2 * p + 1) * kTile, 64); };
+  auto columns_0 = [&](int p) { _tile_loadd(6, columns + 2 * p * kTileNumbers, 64); };
+  auto columns_1 = [&](int p) { _tile_loadd(7, columns + (2 * p + 1) * kTileNumbers, 64); };
   auto m00 = [] { _tile_dpbf16ps(0, 4, 6); };
   auto m01 = [] { _tile_dpbf16ps(1, 4, 7); };
   auto m10 = [] {
@@ -176,7 +179,7 @@ void product_amx(const Bf16* rows, int64_t next, const Bf16* columns, int64_t bl
   };
   auto then_rows = [&](int p) { m00(), m01(), rows_0(p), m10(), m11(), rows_1(p); };
   auto then_columns = [&](int p) { m00(), m10(), columns_0(p), m01(), m11(), columns_1(p); };
-  for (int64_t k = 0; k < blocks; ++k, rows += P * kTile, columns += 2 * P * kTile) {
+  for (int64_t k = 0; k < blocks; ++k, rows += P * kTileNumbers, columns += 2 * P * kTileNumbers) {
     rows_0(0), columns_0(P - 1), columns_1(P - 1), rows_1(0);
     if constexpr (P == 3) {  // v0w2, v0w1, v1w1, v1w0, v2w0, v0w0
       then_columns(1), then_rows(1), then_columns(0), then_rows(2), then_rows(0);
@@ -204,26 +207,27 @@ void product_amx(const Bf16*, int64_t, const Bf16*, int64_t, Sums, Between&) {}
 template <int R, bool add>
 void product_avx512(const Bf16* rows, int64_t next, const Bf16* columns, int64_t blocks,
                     Sums sums) {
-  constexpr int kRows = 8;
+  constexpr int kHalf = 8;  // rows: two halves of a tile, one after the other
   for (int half = 0; half < 2 * R; ++half) {
-    const Bf16* x = rows + half / 2 * next + half % 2 * kRows * 32;
-    float* out = sums.at + half / 2 * sums.down + half % 2 * kRows * sums.stride;
-    Floats sum[kRows][2];
-    for (int r = 0; r < kRows; ++r)
+    const Bf16* x = rows + half / 2 * next + half % 2 * kHalf * 32;
+    float* out = sums.at + half / 2 * sums.down + half % 2 * kHalf * sums.stride;
+    Floats sum[kHalf][2];
+    for (int r = 0; r < kHalf; ++r)
       for (int v = 0; v < 2; ++v)
         sum[r][v] = add ? _mm512_loadu_ps(out + r * sums.stride + v * sums.right) : Floats{};
     for (int64_t k = 0; k < blocks * 16; ++k) {
-      const Bf16* w = columns + k / 16 * 2 * kTile + k % 16 * 32;
-      const auto w0 = (__m512bh)_mm512_load_si512(w), w1 = (__m512bh)_mm512_load_si512(w + kTile);
-      for (int r = 0; r < kRows; ++r) {
+      const Bf16* w = columns + k / 16 * 2 * kTileNumbers + k % 16 * 32;
+      const auto w0 = (__m512bh)_mm512_load_si512(w);
+      const auto w1 = (__m512bh)_mm512_load_si512(w + kTileNumbers);
+      for (int r = 0; r < kHalf; ++r) {
         int32_t pair;
-        std::memcpy(&pair, x + k / 16 * kTile + r * 32 + k % 16 * 2, 4);
+        std::memcpy(&pair, x + k / 16 * kTileNumbers + r * 32 + k % 16 * 2, 4);
         const auto v = (__m512bh)_mm512_set1_epi32(pair);
         sum[r][0] = _mm512_dpbf16_ps(sum[r][0], v, w0);
         sum[r][1] = _mm512_dpbf16_ps(sum[r][1], v, w1);
       }
     }
-    for (int r = 0; r < kRows; ++r)
+    for (int r = 0; r < kHalf; ++r)
       for (int v = 0; v < 2; ++v)
         _mm512_storeu_ps(out + r * sums.stride + v * sums.right, sum[r][v]);
   }

@@ -34,6 +34,17 @@ def text():
     return "".join(lines[k * 7 % len(lines)] for k in range(120))
 
 
+def pytest_collection_modifyitems(items):
+    """Only an LSTM without projection has a fused path: of tests that name another layer, by
+    `kind` or `cls`, one of the two runs with `path` is enough."""
+    def needed(item):
+        given = item.callspec.params if hasattr(item, "callspec") else {}
+        layer = given.get("kind", getattr(given.get("cls"), "__name__", "lstm").lower())
+        return given.get("path") != "fused" or layer == "lstm" and not given.get("more")
+
+    items[:] = [item for item in items if needed(item)]
+
+
 @pytest.fixture(params=["plain", "fused"])
 def path(request, monkeypatch):
     """Runs a test twice: with rnn.LSTM on its plain path, and with the fused one."""

@@ -215,7 +215,10 @@ def test_compiled_for_gpus_when_torch_and_the_toolkit_fit(toolkit, monkeypatch):
     toolkit("13.0", RELEASE.format("13.2"))  # another minor version will do
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert rnn.fused.cuda_sources() == ["lstm_cuda.cu"]
-    assert os.environ["TORCH_CUDA_ARCH_LIST"] == "8.0;9.0+PTX"  # with no GPU to ask
+    assert "-gencode=arch=compute_80,code=sm_80" in rnn.fused.cuda_flags()  # with no GPU to ask
+    assert "TORCH_CUDA_ARCH_LIST" not in os.environ  # that other extensions would see
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "10.0")
+    assert rnn.fused.cuda_flags() == ["-O3"]  # torch adds the rest
 
 
 @pytest.mark.parametrize("torch_cuda,says,message", [

@@ -1,18 +1,24 @@
 """The fused LSTM of csrc/: its operators, its derivatives, its threads, its absence."""
 
+import io
 import multiprocessing
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import textwrap
 import threading
 
 import pytest
 import torch
 from conftest import ROOT, build_fused, close
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rnn
 
@@ -261,6 +267,47 @@ def test_other_types_take_the_plain_path():
     assert layer.half()(x.half())[0].dtype == torch.float16
 
 
+@pytest.fixture
+def calls(monkeypatch):
+    """One entry for every call of the fused LSTM: its type."""
+    made, run = [], rnn.fused.lstm
+
+    def lstm(x, *rest):
+        made.append(rnn.fused.type_of(x))
+        return run(x, *rest)
+
+    monkeypatch.setattr(rnn.fused, "lstm", lstm)
+    return made
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("grad", [True, False], ids=["training", "inference"])
+def test_the_layers_use_it(dtype, packed, grad, calls):
+    layer, x = small_layer()  # two layers, both directions
+    if packed:
+        x = pack_padded_sequence(x, [2, 4], enforce_sorted=False)
+    with torch.set_grad_enabled(grad):
+        if dtype == torch.bfloat16:
+            with torch.autocast("cpu", dtype):
+                layer(x)
+        else:
+            layer.to(dtype)(x.to(dtype))
+    assert calls == [dtype] * 4
+
+
+def test_what_it_cannot_compute_does_not_use_it(calls):
+    class Own(rnn.LSTM):
+        step = staticmethod(lambda gx, state, p: rnn.lstm_step(gx, state, p))
+
+    x = torch.randn(4, 2, 3)
+    rnn.LSTM(3, 5).trace(x)
+    for layer in (rnn.LSTM(3, 5, proj_size=2), rnn.GRU(3, 5), rnn.RNN(3, 5), Own(3, 5),
+                  rnn.PeepholeLSTM(3, 5), rnn.LayerNormLSTM(3, 5)):
+        layer(x)
+    assert calls == []
+
+
 # ---- products of bfloat16 tiles: float32 in three parts, and bfloat16 ----
 
 # with full and cut tiles, full and cut pairs of tiles, of rows and of units; equal steps and packed
@@ -355,6 +402,31 @@ def test_infinity_goes_where_it_goes_in_torch(where, value):
     torch.testing.assert_close(*results, equal_nan=True, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), 3.4e38])
+def test_the_gradient_of_h0_is_no_nan_where_w_hh_is_large(value, cpu):
+    """Of a single step nothing but dh0 = da W_hh meets W_hh."""
+    B, H = 32, 96
+    w = torch.randn(4 * H, H) / 10
+    w[0, 5] = value
+    dh, gates, c = torch.randn(B, H) / 100, torch.rand(B, 4 * H), torch.randn(B, H)
+    da, dh0, _ = torch.ops.rnn.lstm_backward(dh, None, gates, c, torch.ones(B, H), w, [B], False)
+    exact = da.double() @ w.double()
+    assert not exact.isnan().any()
+    torch.testing.assert_close(dh0.double(), exact, rtol=1e-4, atol=1e-5)
+
+
+def test_the_limit_of_float32_in_three_parts():
+    """Below 1e-30 the parts are too small for AMX: see tiles.h. A number may lose parts that are
+    below the smallest normal number, but not more."""
+    a, b = torch.rand(400, 600) + 1, torch.rand(600, 500) + 1
+    least = torch.finfo(torch.float32).tiny
+    for scale in (1e-30, 1e-34, 1e-37):
+        exact = (a * scale).double() @ b.double()
+        error = (torch.ops.rnn.mm(a * scale, b) - exact).abs()
+        bound = 600 * torch.finfo(torch.float32).eps * exact.abs()  # of float32's own sums
+        assert (error <= bound + (scale < 1e-30) * 600 * 2 * 3 * least).all()
+
+
 # The last one is longer than the part of the rows that is copied at a time.
 @pytest.mark.parametrize("B,I,H,sizes", [
     (3, 5, 7, [3, 3, 1]), (32, 65, 130, [32] * 9 + [20] * 3), (64, 64, 200, [64] * 70)], ids=str)
@@ -401,6 +473,31 @@ def test_weight_gradients_of_wrong_shapes():
             torch.ops.rnn.lstm_weight_gradients(*wrong, [2, 2], False)
     with pytest.raises(RuntimeError, match="sizes"):
         torch.ops.rnn.lstm_weight_gradients(*good, [2, 1], False)
+    for dtype in (torch.float16, torch.int64):
+        with pytest.raises(RuntimeError, match="bfloat16 or, on CUDA, float16 expected, got"):
+            torch.ops.rnn.lstm_weight_gradients(*(t.to(dtype) for t in good), [2, 2], False)
+
+
+def test_frozen_weights_cost_no_gradients():
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            seen.append(str(function))
+            return function(*arguments, **(keywords or {}))
+
+    layer, x = small_layer()
+    x.requires_grad_()
+    for frozen in (False, True):
+        layer.requires_grad_(not frozen)
+        seen.clear()
+        with Watch():
+            layer(x)[0].sum().backward()
+        assert seen.count("rnn.lstm_backward.default") == 4  # two layers, both directions
+        assert seen.count("rnn.lstm_weight_gradients.default") == (0 if frozen else 4)
+    layer.bias_ih_l0.requires_grad_()  # any one of them
+    layer(x)[0].sum().backward()
+    assert layer.bias_ih_l0.grad.any()
 
 
 @pytest.mark.parametrize("B", [1, 2, 3, 7, 8, 9, 40])
@@ -453,17 +550,19 @@ def operator_arguments(**changes):
 
 @pytest.mark.parametrize("changes,message", [
     ({"x": lambda x: x[0]}, "x and h0 must have 2 dimensions, got 1"),
-    ({"x": lambda x: x[:, :1]}, r"w_ih must be \(16, 1\)"),
-    ({"x": lambda x: x.float()}, "x is Float, but w_hh is Double"),
+    ({"x": lambda x: x[:, :1]}, r"w_ih must be \[16, 1\]"),
+    ({"x": lambda x: x.float()}, "x must be Double as the others, got Float"),
     ({"x": lambda x: x.to_sparse()}, "SparseCPU"),
     ({"h0": lambda x: x.float().to_mkldnn()}, "MkldnnCPU"),
-    ({"w_ih": lambda w: w[1:]}, r"w_ih must be \(16, 2\), got \[15, 2\]"),
-    ({"bias": lambda b: b[:4]}, r"bias must be \(1, 16\)"),
-    ({"h0": lambda h: h[:, :3]}, r"h0 must be \(3, 4\)"),
-    ({"c0": lambda c: c[:2]}, r"c0 must be \(3, 4\), got \[2, 4\]"),
+    ({"w_ih": lambda w: w[1:]}, r"w_ih must be \[16, 2\], got \[15, 2\]"),
+    ({"bias": lambda b: b[:4]}, r"bias must be \[16\], got \[4\]"),
+    ({"bias": lambda b: b[0]}, r"bias must be \[16\], got \[\]"),
+    ({"bias": lambda b: b[None]}, r"bias must be \[16\], got \[1, 16\]"),
+    ({"h0": lambda h: h[:, :3]}, r"h0 must be \[3, 4\]"),
+    ({"c0": lambda c: c[:2]}, r"c0 must be \[3, 4\], got \[2, 4\]"),
     ({"w_hh": lambda w: w[:8]}, r"w_hh must be \(4H, H\), got \[8, 4\]"),
     ({"w_hh": lambda w: w[:0, :0]}, r"w_hh must be \(4H, H\)"),
-    ({"w_hh": lambda w: w.long()}, "float32, float64 or bfloat16 expected, got Long"),
+    ({"w_hh": lambda w: w.long()}, "bfloat16 or, on CUDA, float16 expected, got Long"),
     ({"sizes": lambda s: []}, "must begin with the number of sequences, 3"),
     ({"sizes": lambda s: [2, 3]}, "must begin with the number of sequences, 3"),
     ({"sizes": lambda s: [3, 3]}, "more than the 5 rows"),
@@ -478,9 +577,10 @@ def test_the_operators_check_what_they_get(changes, message):
 
 
 @pytest.mark.parametrize("changes,message", [
-    ({"dh": lambda t: t[:4]}, r"dh must be \(5, 4\)"), ({"dc": lambda t: t[:, :1]}, "dc must be"),
+    ({"dh": lambda t: t[:4]}, r"dh must be \[5, 4\]"), ({"dc": lambda t: t[:, :1]}, "dc must be"),
     ({"gates": lambda t: t[:0]}, "more than the 0 rows|dh must be"),
-    ({"gates": lambda t: t[0]}, "2 dimensions, got 1"), ({"c": lambda t: t.float()}, "c is Float"),
+    ({"gates": lambda t: t[0]}, "2 dimensions, got 1"),
+    ({"c": lambda t: t.float()}, "c must be Double as the others, got Float"),
     ({"c0": lambda t: t[:1]}, "sizes must begin with the number of sequences, 1"),
     ({"sizes": lambda s: [3]}, "add up to 3, but the input has 5 rows"),
 ])
@@ -491,6 +591,28 @@ def test_the_backward_operator_checks_too(changes, message):
                 reverse=False)
     with pytest.raises(RuntimeError, match=message):
         torch.ops.rnn.lstm_backward(*(good | {n: f(good[n]) for n, f in changes.items()}).values())
+
+
+def test_tracing_checks_too():
+    """torch.compile sees no numbers, only shapes."""
+    a, weight_gradients = operator_arguments(), torch.ops.rnn.lstm_weight_gradients
+    with FakeTensorMode(allow_non_fake_inputs=False) as mode:
+        fake = {n: mode.from_tensor(t) if isinstance(t, torch.Tensor) else t for n, t in a.items()}
+        for name in ("x", "h0", "w_hh"):
+            with pytest.raises(RuntimeError, match=f"lstm: {name} must have 2 dimensions, got 1"):
+                torch.ops.rnn.lstm_forward(*(fake | {name: fake[name][0]}).values())
+        half = {n: t.half() if isinstance(t, torch.Tensor) else t for n, t in fake.items()}
+        with pytest.raises(RuntimeError, match="expected one of .*float32.*, got torch.float16"):
+            torch.ops.rnn.lstm_forward(*half.values())
+        h, c, gates = torch.ops.rnn.lstm_forward(*fake.values())
+        for name, wrong in (("gates", (h, c, gates[0], c, fake["c0"])),
+                            ("c0", (h, c, gates, c, fake["c0"][0]))):
+            with pytest.raises(RuntimeError, match=f"lstm: {name} must have 2 dimensions, got 1"):
+                torch.ops.rnn.lstm_backward(*wrong, fake["w_hh"], [3, 2], False)
+        with pytest.raises(RuntimeError, match="lstm: h0 must have 2 dimensions, got 1"):
+            weight_gradients(gates, fake["x"], h, fake["h0"][0], [3, 2], False)
+        with pytest.raises(RuntimeError, match=r"mm: \(5, 16\) and \(5, 2\) cannot be multiplied"):
+            torch.ops.rnn.mm(gates, fake["x"])
 
 
 def test_nothing_to_do():
@@ -514,7 +636,7 @@ def outputs(seed=0):
 
 
 def test_from_several_python_threads_at_once():
-    expected, results = outputs(), [None] * 8
+    results = [None] * 8
     layer, x = rnn.LSTM(8, 200), torch.randn(6, 3, 8)
     with torch.no_grad():
         expected = layer(x)[0]
@@ -528,7 +650,8 @@ def test_from_several_python_threads_at_once():
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(300)
+        assert not thread.is_alive()
     assert all(torch.equal(r, expected) for r in results)
 
 
@@ -565,12 +688,36 @@ def test_after_a_plain_fork():
     process.join(60)
 
 
+def test_no_memory_is_an_error_and_not_the_end():
+    """An exception inside a team of threads would end the process. All blocks of memory of 16 KiB
+    and more are taken, so that the products' own, of 32 KiB, find none."""
+    done = python("""
+        import ctypes, resource, torch, rnn
+        rnn.build()
+        data = [torch.zeros(2, n, dtype=torch.bfloat16) for n in (32, 3, 8, 8)]
+        run = torch.ops.rnn.lstm_weight_gradients
+        run(*data, [2], False)
+        used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used, resource.RLIM_INFINITY))
+        malloc = ctypes.CDLL(None).malloc
+        malloc.restype, malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+        while malloc(1 << 14):
+            pass
+        try:
+            run(*data, [2], False)
+            print("done")
+        except RuntimeError as error:
+            print("refused" if "can't allocate memory" in str(error) else error)
+    """, ROOT, OMP_NUM_THREADS="1")
+    assert done.returncode == 0 and done.stdout.strip() in ("done", "refused"), done.stderr
+
+
 # ---- built, not built, built for something else ----
 
 
 def python(code, cwd, **environment):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    return subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment,
+    return subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=cwd, env=environment,
                           capture_output=True, text=True, timeout=300)
 
 
@@ -585,9 +732,9 @@ def test_the_environment_decides(tmp_path):
     assert loud.returncode and "RNN_FUSED=1, but the fused LSTM is not built" in loud.stderr
     nonsense = python(USE, tmp_path, RNN_FUSED="yes")
     assert "RNN_FUSED must be 0, 1 or unset, got 'yes'" in nonsense.stderr
-    nonsense = python(USE, tmp_path, RNN_CPU="amx512")
+    nonsense = python("import rnn; rnn.build()", tmp_path, RNN_CPU="amx512", **hidden)
     assert nonsense.returncode and nonsense.stderr.strip().endswith(
-        "ValueError: RNN_CPU must be float32, avx512_bf16, amx or unset, got 'amx512'")
+        "RNN_CPU must be float32, avx512_bf16, amx or unset, got 'amx512'")
     forbidden = python("import rnn; rnn.build()", tmp_path, RNN_FUSED="0")
     assert "RNN_FUSED=0 in the environment forbids" in forbidden.stderr
 
@@ -603,13 +750,86 @@ def test_a_library_of_another_torch_is_one_warning_and_does_not_load(tmp_path):
     (tmp_path / "rnn_C").mkdir()
     (tmp_path / "rnn_C" / "__init__.py").write_text((ROOT / "csrc" / "__init__.py").read_text())
     for name, content, words in (
-            ("_native.py", b"torch = '1.0.0'", "compiled for torch 1.0.0, but this is"),
-            ("_native" + sysconfig.get_config_var("EXT_SUFFIX"), b"\x7fELF damaged", "_native")):
+            ("native_1_0_0_12345678.py", b"raise SystemExit('must not be loaded')",
+             f"for this torch, {torch.__version__}, and this CPU it would be rnn_C.native_"),
+            (rnn.fused.library() + sysconfig.get_config_var("EXT_SUFFIX"), b"\x7fELF damaged",
+             "native_")):
         (tmp_path / "rnn_C" / name).write_bytes(content)
         done = python(USE, tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}", RNN_FUSED="")
         assert done.returncode == 0 and done.stdout == "False\n"
         assert "rnn_C does not fit this Python, torch or CPU" in done.stderr
         assert words in done.stderr
+
+
+def loaded_library():
+    """The file that this process has loaded."""
+    with open("/proc/self/maps") as maps:
+        return next(line.split()[-1] for line in maps if rnn.fused.library() in line)
+
+
+def test_every_cpu_and_every_torch_has_its_own_library(monkeypatch):
+    names = [rnn.fused.library()]
+    monkeypatch.setattr(torch, "__version__", "1.2.3")
+    names.append(rnn.fused.library())
+    for cpu in ("flags\t\t: fpu avx2 avx512f\n", "flags\t\t: fpu avx2\n", ""):
+        monkeypatch.setattr(rnn.fused, "open", lambda _, cpu=cpu: io.StringIO(f"processor\n{cpu}"),
+                            raising=False)
+        names.append(rnn.fused.library())
+    assert len(set(names)) == len(names) and all(re.fullmatch(r"native_\w+", n) for n in names)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the library in /proc")
+def test_a_library_that_does_not_fit_does_not_hinder_a_build(tmp_path):
+    """It must not even be loaded, for it registers the operators."""
+    (tmp_path / "rnn_C").mkdir()
+    shutil.copy(ROOT / "csrc" / "__init__.py", tmp_path / "rnn_C")
+    shutil.copy(loaded_library(), tmp_path / "rnn_C" / "native_1_0_0_12345678.so")
+    done = python("import rnn; print(rnn.fused); rnn.build();" + USE, tmp_path,
+                  PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}", RNN_FUSED="")
+    assert done.returncode == 0 and done.stdout == "None\nTrue\n", done.stderr
+    assert done.stderr.count("rnn_C does not fit this Python, torch or CPU") == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the library in /proc")
+def test_two_libraries_in_one_process_are_an_error_and_not_its_end(tmp_path):
+    (tmp_path / "rnn_C.py").write_text("raise ModuleNotFoundError('pretends to be absent')")
+    shutil.copy(loaded_library(), tmp_path / "other.so")
+    done = python("import torch, rnn; torch.ops.load_library('other.so'); rnn.build()", tmp_path,
+                  PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    assert done.returncode == 1 and done.stderr.strip().endswith(
+        "the operators of another build are loaded already: restart Python")
+
+
+@pytest.mark.skipif("RNN_BUILDS" not in os.environ, reason="takes minutes: RNN_BUILDS=1")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="has no other instruction sets")
+def test_a_library_for_another_cpu_says_so(tmp_path):
+    """It pretends that this CPU has nothing, and is asked twice."""
+    shutil.copy(ROOT / "rnn.py", tmp_path)
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    for name, old, new in (("lstm.cpp", "__builtin_cpu_supports(feature)", "false"),
+                           ("__init__.py", '"lstm.cpp", "lstm_cpu.cpp", "lstm_bf16.cpp", '
+                            '"gradients.cpp"', '"lstm.cpp"')):
+        source = (tmp_path / "csrc" / name).read_text()
+        assert source.count(old) == 1
+        (tmp_path / "csrc" / name).write_text(source.replace(old, new))
+    (tmp_path / "rnn_C.py").write_text("raise ModuleNotFoundError('pretends to be absent')")
+    done = python("""
+        import rnn
+        for _ in range(2):
+            try:
+                rnn.build()
+            except RuntimeError as error:
+                print(str(error).splitlines()[0])
+    """, tmp_path, PYTHONPATH=str(tmp_path), TORCH_EXTENSIONS_DIR=str(tmp_path / "cache"))
+    first, second = done.stdout.splitlines()
+    assert "compiled for a CPU with" in first, done.stderr
+    assert second.endswith("the operators of another build are loaded already: restart Python")
+
+
+def test_reload_keeps_the_operators(tmp_path):
+    done = python("import importlib, rnn; rnn.build(); before = rnn.fused; importlib.reload(rnn);"
+                  "assert rnn.fused is before;" + USE, tmp_path)
+    assert done.returncode == 0 and done.stdout == "True\n", done.stderr
 
 
 def test_a_build_that_was_killed_leaves_no_lock_and_the_next_does_not_wait(tmp_path, monkeypatch):
@@ -618,9 +838,10 @@ def test_a_build_that_was_killed_leaves_no_lock_and_the_next_does_not_wait(tmp_p
 
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     built, native = [], rnn.fused
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel", lambda name: False)
 
     def load(name, *arguments, build_directory, **options):
-        assert torch.__version__.replace(".", "_").replace("+", "_") in name
+        assert name == f"rnn_C_{native.library()}"
         assert not os.path.exists(os.path.join(build_directory, "lock"))
         open(os.path.join(build_directory, "lock"), "w").close()
         built.append(build_directory)

@@ -23,6 +23,10 @@ def test_the_python_blocks_run(tmp_path, monkeypatch, capsys):
 FILES = re.findall(r"^\| `(\S+?)`", (ROOT / "README.md").read_text(), re.M)
 
 
+def test_the_table_of_files_is_found():
+    assert "rnn.py" in FILES and "csrc/" in FILES
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_files_that_the_readme_names_exist(name):
     assert (ROOT / name).exists()
