@@ -5,7 +5,7 @@ it from there; or rnn.build() takes it from csrc/ and has it compiled just in ti
 """
 
 import hashlib
-import importlib.util
+import importlib.machinery
 import os
 import platform
 import re
@@ -81,7 +81,7 @@ def load():
     if has_cuda is not None:  # rnn.py is being reloaded
         return
     name = f"rnn_C.{library()}"
-    if not importlib.util.find_spec(name):
+    if not importlib.machinery.PathFinder.find_spec(name, [FOLDER]):
         raise ImportError(f"for this torch, {torch.__version__}, and this CPU it would be {name}, "
                           f"which is not in {FOLDER}")
     importlib.import_module(name)

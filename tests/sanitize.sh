@@ -26,4 +26,4 @@ export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_si
 export UBSAN_OPTIONS=${UBSAN_OPTIONS:-halt_on_error=1}
 LD_PRELOAD="${libraries//$'\n'/ }" python -m pytest -q --capture=no --durations=10 \
   tests/test_attack.py tests/test_fused.py tests/test_layers.py \
-  -k "${*:-(fused or attack) and not without_its_tools and not decides and not does_not_load and not compile}"
+  -k "${*:-(fused or attack) and not without_its_tools and not decides and not no_memory and not does_not_load and not compile}"

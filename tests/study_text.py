@@ -14,6 +14,7 @@ import math
 import statistics
 import sys
 import tempfile
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -94,9 +95,6 @@ class DroppedGRU(RecurrentDropout, rnn.GRU):
     pass
 
 
-rnn.CELLS.update(dropped_lstm=DroppedLSTM, dropped_gru=DroppedGRU)
-
-
 def make(vocab, seed, start="rnn", cell="lstm", hidden=64, embed=32, **settings):
     """A CharLM. start: "rnn" (rnn.initialize), "torch" (torch's values), "whole" (orthogonal as one
     matrix instead of gate by gate), or a number, the forget gate's bias."""
@@ -114,6 +112,7 @@ def make(vocab, seed, start="rnn", cell="lstm", hidden=64, embed=32, **settings)
 MODEL = ("start", "cell", "hidden", "embed", "one_hot", "tie", "dropout", "variational")
 
 
+@mock.patch.dict(rnn.CELLS, dropped_lstm=DroppedLSTM, dropped_gru=DroppedGRU)
 def run(vocab, train_ids, val_ids, seed, steps, symbols=2048, pieces=None, **settings):
     """Train one model on steps * symbols symbols; what `train` returns, and the model. If training
     broke off, the loss is infinite. pieces: the text is cut into such and they are shuffled.
