@@ -184,22 +184,23 @@ def cpu_table(work, name, threads, args):
     print(f"\n{work}, {name}, {threads} threads\n    B    T    I    H   fused ms  nn.LSTM/"
           "fused  plain/fused   roof", flush=True)
     a = torch.randn(2048, 2048)
-    over_nn, over_plain = [], []
+    ratios = []  # of each shape: nn.LSTM to fused, and the plain path to fused unless left out
     for k in args.shapes:
         functions, flop = setup(SHAPES[k], work, dtype=getattr(torch, name))
         if args.no_plain:
             functions = functions[:2]
         gemm = interleaved([lambda: a @ a], 0.3)[0]
         times = interleaved(functions, args.seconds)
-        over_nn.append(ratio(times[1], times[0]))
-        over_plain.append(ratio(times[-1], times[0]))
+        ratios.append([ratio(other, times[0]) for other in times[1:]])
         fused = statistics.median(times[0])
         roof = flop / fused / (2 * 2048**3 / statistics.median(gemm))
         print("".join(f"{n:5}" for n in SHAPES[k]) + f"{fused * 1e3:11.3f}"
-              f"{over_nn[-1]:15.2f}{over_plain[-1]:13.2f}{roof:7.0%}", flush=True)
-    print(f"geometric mean{statistics.geometric_mean(over_nn):32.2f}"
-          f"{statistics.geometric_mean(over_plain):13.2f}   "
-          f"(least {min(over_nn):.2f}, {min(over_plain):.2f})", flush=True)
+              f"{ratios[-1][0]:15.2f}{''.join(f'{r:13.2f}' for r in ratios[-1][1:]):13}{roof:7.0%}",
+              flush=True)
+    columns = list(zip(*ratios))
+    means = "".join(f"{statistics.geometric_mean(column):13.2f}" for column in columns)
+    least = ", ".join(f"{min(column):.2f}" for column in columns)
+    print(f"geometric mean{means:>{19 + 13 * len(columns)}}   (least {least})", flush=True)
 
 
 def gpu_tables(works, types, seconds):
