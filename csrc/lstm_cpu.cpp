@@ -44,7 +44,7 @@ void product(int64_t rows, const T* x, int64_t stride, const Vec<T>* w, int64_t 
 
 // The same without panels, for few rows: to copy W takes longer than to read it where it is. For n
 // units: out[r][gate][unit] += the dot product of row r of x with row gate * H + unit of w (4H,K)
-template <typename T, typename W, int R = kRows / 2>
+template <typename T, typename W, int R = kTileRows<4>>
 void dots(int64_t rows, const T* x, int64_t stride, const W* w, int64_t K, int64_t H, int64_t n,
           Vec<T>* out) {
   if constexpr (R > 1)
