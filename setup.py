@@ -29,7 +29,7 @@ sys.path.insert(0, str(here))
 
 import csrc  # noqa: E402
 
-flags, cuda = csrc.flags(), csrc.cuda_sources()
+(compile_flags, link_flags), cuda = csrc.flags(), csrc.cuda_sources()
 Extension = CUDAExtension if cuda else CppExtension
 setup(
     name="rnn-reference",
@@ -43,7 +43,7 @@ setup(
     extras_require={"test": ["pytest", "ninja", "pybind11"]},
     ext_modules=[Extension(f"rnn_C.{csrc.library()}",
                            [f"csrc/{name}" for name in csrc.SOURCES + cuda],
-                           extra_compile_args={"cxx": flags, "nvcc": csrc.cuda_flags()},
-                           extra_link_args=flags[2:])],
+                           extra_compile_args={"cxx": compile_flags, "nvcc": csrc.cuda_flags()},
+                           extra_link_args=link_flags)],
     cmdclass={"build_ext": BuildExtension},
 )

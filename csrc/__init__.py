@@ -38,9 +38,11 @@ def library():
 
 
 def flags():
-    """For the machine at hand: its own vector instructions; OpenMP where compilers bring it."""
+    """The compiler's and the linker's: for the machine at hand, with its own vector instructions;
+    OpenMP where compilers bring it."""
     native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
-    return ["-O3", native] + ([] if sys.platform == "darwin" else ["-fopenmp"])
+    openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
+    return ["-O3", native, *openmp], openmp
 
 
 def cuda_sources():
@@ -106,8 +108,10 @@ def compile_and_load():
         if os.path.exists(os.path.join(folder, "lock")):  # torch's own does not: a build that was
             os.unlink(os.path.join(folder, "lock"))  # killed would leave all others waiting
         try:
-            cpp_extension.load(name, sources, extra_cflags=flags(), extra_cuda_cflags=cuda_flags(),
-                               extra_ldflags=flags()[2:], build_directory=folder)
+            compile_flags, link_flags = flags()
+            cpp_extension.load(name, sources, extra_cflags=compile_flags,
+                               extra_cuda_cflags=cuda_flags(), extra_ldflags=link_flags,
+                               build_directory=folder)
         except Exception as error:
             raise RuntimeError(f"{error} (in {folder})") from error
     _register_shapes()

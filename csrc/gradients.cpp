@@ -57,24 +57,34 @@ void put_features(const std::vector<const T*>& rows, int64_t f, int64_t width, i
     }
 }
 
-// Copies 32 columns, from g on, of rows n0 .. n1 of da (N,G) to `to`, and adds them to dbias.
-template <typename T>
-void put_da(const T* da, int64_t G, int64_t g, int64_t n0, int64_t n1, Bf16* to, float* dbias) {
+// Copies 32 columns, from g on, of rows n0 .. n1 of a matrix (N,G) to `to`. also(v, pair): called
+// with all that is copied, pairs of numbers of 16 columns in their parts; v: which 16.
+template <typename T, typename Also>
+void put_columns_of(const T* matrix, int64_t G, int64_t g, int64_t n0, int64_t n1, Bf16* to,
+                    const Also& also) {
   constexpr int P = kParts<T>;
-  Floats sum[2] = {};
   for (int64_t n = n0; n < n1; n += 32, to += P * 2 * kTileNumbers)
     for (int64_t j = 0; j < 16; ++j)
       for (int64_t v = 0; v < 2; ++v) {
         const int64_t even = n + 2 * j, exist = G - g - v * 16;
-        const T* at = da + even * G + g + v * 16;
+        const T* at = matrix + even * G + g + v * 16;
         __builtin_prefetch(at + 32), __builtin_prefetch(at + G + 32);  // of the next columns
         __m512i pair[P];
         pairs(at, even < n1 ? exist : 0, at + G, even + 1 < n1 ? exist : 0, pair);
         put_columns<P>(to + v * kTileNumbers + j * 32, pair);
-        for (int p = 0; p < P; ++p)  // a bfloat16 is the upper half of a float32
-          sum[v] += (Floats)_mm512_slli_epi32(pair[p], 16) +
-                    (Floats)_mm512_and_si512(pair[p], _mm512_set1_epi32(0xffff0000));
+        also(v, pair);
       }
+}
+
+// The same for da, whose columns are also added to dbias.
+template <typename T>
+void put_da(const T* da, int64_t G, int64_t g, int64_t n0, int64_t n1, Bf16* to, float* dbias) {
+  Floats sum[2] = {};
+  put_columns_of(da, G, g, n0, n1, to, [&](int v, const __m512i* pair) {
+    for (int p = 0; p < kParts<T>; ++p)  // a bfloat16 is the upper half of a float32
+      sum[v] += (Floats)_mm512_slli_epi32(pair[p], 16) +
+                (Floats)_mm512_and_si512(pair[p], _mm512_set1_epi32(0xffff0000));
+  });
   for (int v = 0; v < 2; ++v) put(dbias + v * 16, get(dbias + v * 16, 16) + sum[v], 16);
 }
 
@@ -144,8 +154,8 @@ void multiply(const float* a, const float* b, int64_t M, int64_t K, int64_t C, f
     for (int64_t k0 = 0; k0 < K; k0 += kChunkMm * 32) {
       const int64_t k1 = std::min(K, k0 + kChunkMm * 32), blocks = (k1 - k0 + 31) / 32;
       auto put_pair = [&](bool of_a, int64_t pair, Bf16* to) {
-        float unused[32] = {};
-        if (!of_a) return put_da(b, C, pair * 32, k0, k1, to, unused);
+        if (!of_a)
+          return put_columns_of(b, C, pair * 32, k0, k1, to, [](int, const __m512i*) {});
         for (int64_t r = 0; r < 32; ++r)
           for (int64_t k = k0; k < k0 + blocks * 32; k += 16)
             put_row<P>(to + (r / 16 * kChunkMm + (k - k0) / 32) * P * kTileNumbers + r % 16 * 32 +

@@ -15,7 +15,7 @@ for build in ${*:-clang avx2 alone}; do
   case $build in
     clang) compiler=clang++ ;;
     avx2) sed -i 's/-march=native/-march=haswell/' "$flags"; grep -q haswell "$flags" ;;
-    alone) sed -i 's/\["-fopenmp"\]/[]/' "$flags"; grep -q 'else \[\])' "$flags" ;;
+    alone) sed -i 's/\["-fopenmp"\]/[]/' "$flags"; grep -q 'else \[\]$' "$flags" ;;
   esac
   echo "== $build"
   (cd "$work" && CXX=$compiler TORCH_EXTENSIONS_DIR=$work/extensions \

@@ -11,7 +11,8 @@ cp -rp rnn.py csrc tests train_shakespeare.py "$work"
 cd "$work"
 # For this build only. -O1 and -g1 keep it quick; with no frame left out, reports can be read.
 flags='"-O1", native, "-g1", "-fsanitize=address,undefined", "-fno-omit-frame-pointer"'
-sed -i "s/return \[\"-O3\", native\]/return [$flags]/; s/flags()\[2:\]/flags()[3:]/" csrc/__init__.py
+sed -i "s/return .*, openmp$/return [$flags, *openmp], ['-fsanitize=address,undefined', *openmp]/" \
+  csrc/__init__.py
 grep -q fsanitize csrc/__init__.py
 export TORCH_EXTENSIONS_DIR=$work/extensions
 # Python itself is not instrumented, so the sanitizers must be loaded before it; but not before the

@@ -10,6 +10,7 @@ The long versions, each some minutes:
 import collections
 import gc
 import io
+import math
 import multiprocessing
 import os
 import random
@@ -371,16 +372,30 @@ def test_strange_texts(folder, content, message):
         assert rnn.load("out/best.pt")[1].symbols == sorted(set(content.decode()))
 
 
-def test_a_million_distinct_symbols(folder):
-    """Nearly all that Unicode can hold, once each."""
-    symbols = [chr(k) for k in range(0x110000) if not 0xD800 <= k < 0xE000]
-    if LONG == 600:
-        symbols = symbols[-5000:]
+def test_distinct_symbols(folder):
+    """Through the script: as many symbols as characters."""
+    symbols = [chr(k) for k in range(0x20000, 0x20000 + 5000)]
     (folder / "many.txt").write_bytes("".join(symbols).encode())
     main("--data", "many.txt", "--steps", 1, "--hidden", 2, "--embed", 2, "--batch", 1, "--context",
          8, "--length", 3, "--prompt", symbols[-1])
     model, vocab, _ = rnn.load("out/last.pt")
     assert model.vocab_size == len(vocab) == len(symbols)
+
+
+def test_all_of_unicode(folder):
+    """A vocabulary of all that a text can hold. Evaluated on nine predictions, of so many
+    probabilities each."""
+    text = "".join(chr(k) for k in range(0x110000) if not 0xD800 <= k < 0xE000)
+    vocab = rnn.Vocab.of(text)
+    ids = vocab.encode(text)
+    assert len(vocab) == len(text) == 1_112_064 and vocab.decode(ids) == text
+    model = rnn.CharLM(len(vocab), embed=2, hidden=2)
+    result = rnn.train(model, vocab, ids[:-10], ids[-10:], "out", steps=1, batch=1, context=8,
+                       evals=1)
+    assert result["val_loss"] == pytest.approx(math.log(len(vocab)), rel=0.2)
+    model, vocab, _ = rnn.load("out/last.pt")
+    assert model.vocab_size == len(vocab) == len(text)
+    assert len(rnn.generate(model, vocab, text[-1], length=3)) == 4
 
 
 # ---- A long run ----
