@@ -379,7 +379,8 @@ class RNNBase(nn.Module):
                 steps, end = self._direction(x, sizes, start, self._layer(k, d), d == 1, keep)
                 outputs.append(steps["h"])  # (N, H)
                 ends.append(end)
-                traces.append({name: undo(rows) for name, rows in steps.items()})
+                if keep:
+                    traces.append({name: undo(rows) for name, rows in steps.items()})
             x = torch.cat(outputs, dim=-1) if self.bidirectional else outputs[0]
         state = tuple(restore(torch.stack(s)) for s in zip(*ends))  # (layers * directions, B, H)
         if (self.states == 2 and torch.is_autocast_enabled(x.device.type)

@@ -214,36 +214,34 @@ def lstm(x, h0, c0, w_ih, bias, w_hh, sizes, reverse, plain):
     """One direction of one layer: x (N, I), h0 and c0 (B, H), w_ih (4H, I), bias (4H), w_hh (4H, H)
     -> h after every row's step, (N, H), and the state at the end, a tuple of (B, H). `plain`
     computes h and c, (N, H), from the first eight arguments with torch's own operators."""
-    if torch.is_autocast_enabled(x.device.type):
-        x, h0, c0 = (t.to(type_of(x)) for t in (x, h0, c0))
     inputs = (x, h0, c0, w_ih, bias, w_hh)
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
         h, c = FusedLSTM.apply(*inputs, sizes, reverse, plain)
         end = rows_at_the_end(c, sizes, reverse)
     else:
-        if x.dtype != w_hh.dtype:
-            w_ih, bias, w_hh = (w.to(x.dtype) for w in (w_ih, bias, w_hh))
+        dtype = type_of(x)
+        x, h0, c0, w_ih, bias, w_hh = (t.to(dtype) for t in inputs)
         h, end, _ = torch.ops.rnn.lstm_forward(x, w_ih, bias, h0, c0, w_hh, sizes, reverse, False)
     return h, (rows_at_the_end(h, sizes, reverse), end)
 
 
 class FusedLSTM(torch.autograd.Function):
-    """The weights may be of higher precision than x, as under autocast: so are their gradients."""
+    """Under autocast it computes in a lower precision than its inputs have: the casts are in here,
+    where they cost autograd nothing, and the weights' gradients never lose precision."""
 
     @staticmethod
     def forward(ctx, x, h0, c0, w_ih, bias, w_hh, sizes, reverse, plain):
-        low = [w.to(x.dtype) for w in (w_ih, bias, w_hh)]
-        h, c, gates = torch.ops.rnn.lstm_forward(x, low[0], low[1], h0, c0, low[2], sizes, reverse,
-                                                 True)
-        ctx.save_for_backward(x, h0, c0, w_ih, bias, w_hh, low[0], low[2], h, c, gates)
+        inputs, dtype = (x, h0, c0, w_ih, bias, w_hh), type_of(x)
+        x, h0, c0, w_ih, bias, w_hh = (t.to(dtype) for t in inputs)
+        h, c, gates = torch.ops.rnn.lstm_forward(x, w_ih, bias, h0, c0, w_hh, sizes, reverse, True)
+        ctx.save_for_backward(*inputs, x, h0, c0, w_ih, w_hh, h, c, gates)
         ctx.sizes, ctx.reverse, ctx.plain = sizes, reverse, plain
         ctx.set_materialize_grads(False)
         return h, c
 
     @staticmethod
     def backward(ctx, dh, dc):
-        *inputs, w_ih, w_hh, h, c, gates = ctx.saved_tensors  # these weights are of x's type
-        x, h0, c0 = inputs[:3]
+        *inputs, x, h0, c0, w_ih, w_hh, h, c, gates = ctx.saved_tensors
         dh = torch.zeros_like(h) if dh is None else dh
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # This gradient is to be differentiated once more, which the operators cannot do. So
@@ -251,7 +249,7 @@ class FusedLSTM(torch.autograd.Function):
             inputs = [t.view_as(t) for t in inputs]  # each of its own, should one come twice
             dc = torch.zeros_like(c) if dc is None else dc
             found = iter(torch.autograd.grad(
-                ctx.plain(*(t.to(x.dtype) for t in inputs), ctx.sizes, ctx.reverse),
+                ctx.plain(*(t.to(h.dtype) for t in inputs), ctx.sizes, ctx.reverse),
                 [t for t in inputs if t.requires_grad], (dh, dc),
                 create_graph=True, materialize_grads=True))
             gradients = [next(found) if t.requires_grad else None for t in inputs]
@@ -261,11 +259,11 @@ class FusedLSTM(torch.autograd.Function):
         on_cpu, dw_ih, dw_hh, dbias = da.device.type == "cpu", None, None, None
         if any(ctx.needs_input_grad[3:6]):  # not if the weights are frozen
             find = torch.ops.rnn.lstm_weight_gradients if on_cpu else weight_gradients
-            dw_ih, dw_hh, dbias = (g.to(inputs[-1].dtype)
-                                   for g in find(da, x, h, h0, ctx.sizes, ctx.reverse))
+            dw_ih, dw_hh, dbias = find(da, x, h, h0, ctx.sizes, ctx.reverse)
         mm = torch.ops.rnn.mm if on_cpu else torch.mm
         dx = mm(da, w_ih) if ctx.needs_input_grad[0] else None  # (N, I)
-        return dx, dh0, dc0, dw_ih, dbias, dw_hh, None, None, None
+        gradients = (dx, dh0, dc0, dw_ih, dbias, dw_hh)
+        return *(g if g is None else g.to(t.dtype) for g, t in zip(gradients, inputs)), *[None] * 3
 
 
 def weight_gradients(da, x, h, h0, sizes, reverse):
