@@ -158,13 +158,16 @@ def _register_shapes():
                 x.new_empty(N if save else 0, 4 * H))
 
     @torch.library.register_fake("rnn::lstm_backward")
-    def _(dh, dc, gates, c, c0, w_hh, sizes, reverse):
+    def _(dh, dc, gates, c, c0, w_ih, w_hh, sizes, reverse):
         _check_matrices(gates=gates, c0=c0, w_hh=w_hh)
-        (N, _), (B, _), H = gates.shape, c0.shape, w_hh.shape[1]
+        w_ih = w_hh[:, :0] if w_ih is None else w_ih
+        _check_matrices(w_ih=w_ih)
+        (N, _), (B, _), I, H = gates.shape, c0.shape, w_ih.shape[1], w_hh.shape[1]
         _check(w_hh, sizes, N, B, dh=(dh, (N, H)), dc=(dh if dc is None else dc, (N, H)),
-               gates=(gates, (N, 4 * H)), c=(c, (N, H)), c0=(c0, (B, H)),
+               gates=(gates, (N, 4 * H)), c=(c, (N, H)), c0=(c0, (B, H)), w_ih=(w_ih, (4 * H, I)),
                w_hh=(w_hh, (4 * H, H)))
-        return dh.new_empty(N, 4 * H), dh.new_empty(B, H), dh.new_empty(B, H)
+        return (dh.new_empty(N, 4 * H), dh.new_empty(N, I), dh.new_empty(B, H),
+                dh.new_empty(B, H))
 
     @torch.library.register_fake("rnn::lstm_weight_gradients")
     def _(da, x, h, h0, sizes, reverse):
@@ -173,15 +176,6 @@ def _register_shapes():
         _check(da, sizes, N, B, da=(da, (N, 4 * H)), x=(x, (N, I)), h=(h, (N, H)), h0=(h0, (B, H)))
         dtype = torch.float32 if da.dtype == torch.bfloat16 else da.dtype
         return tuple(da.new_empty(shape, dtype=dtype) for shape in ((4 * H, I), (4 * H, H), 4 * H))
-
-    @torch.library.register_fake("rnn::mm")
-    def _(a, b):
-        if _kind(a) != _kind(b) or a.layout != torch.strided:  # torch.mm would see it too late
-            raise RuntimeError(f"mm: expected dense tensors of one type on one device, got "
-                               f"{_kind(a)} and {_kind(b)}")
-        if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[0]:
-            raise RuntimeError(f"mm: {tuple(a.shape)} and {tuple(b.shape)} cannot be multiplied")
-        return torch.mm(a, b)
 
 
 def type_of(x):
@@ -254,14 +248,14 @@ class FusedLSTM(torch.autograd.Function):
                 create_graph=True, materialize_grads=True))
             gradients = [next(found) if t.requires_grad else None for t in inputs]
             return *gradients, None, None, None
-        da, dh0, dc0 = torch.ops.rnn.lstm_backward(dh, dc, gates, c, c0, w_hh, ctx.sizes,
-                                                   ctx.reverse)  # (N, 4H), (B, H), (B, H)
-        on_cpu, dw_ih, dw_hh, dbias = da.device.type == "cpu", None, None, None
-        if any(ctx.needs_input_grad[3:6]):  # not if the weights are frozen
+        needed = ctx.needs_input_grad
+        da, dx, dh0, dc0 = torch.ops.rnn.lstm_backward(
+            dh, dc, gates, c, c0, w_ih if needed[0] else None, w_hh, ctx.sizes, ctx.reverse)
+        dx, dw_ih, dw_hh, dbias = dx if needed[0] else None, None, None, None
+        if any(needed[3:6]):  # not if the weights are frozen
+            on_cpu = da.device.type == "cpu"
             find = torch.ops.rnn.lstm_weight_gradients if on_cpu else weight_gradients
             dw_ih, dw_hh, dbias = find(da, x, h, h0, ctx.sizes, ctx.reverse)
-        mm = torch.ops.rnn.mm if on_cpu else torch.mm
-        dx = mm(da, w_ih) if ctx.needs_input_grad[0] else None  # (N, I)
         gradients = (dx, dh0, dc0, dw_ih, dbias, dw_hh)
         return *(g if g is None else g.to(t.dtype) for g, t in zip(gradients, inputs)), *[None] * 3
 

@@ -1,9 +1,8 @@
-// The products of a backward pass outside of time, as two operators:
+// The weights' gradients, outside of time, as an operator of their own:
 //
 //   lstm_weight_gradients   dW_ih = da^T x,  dW_hh = da^T h',  dbias = sum of da over rows
-//   mm                      dx = da W_ih; a b as torch.mm
 //
-// Where they are quicker so, through tiles of bfloat16 numbers: see tiles.h; else as torch does it.
+// Where it is quicker so, through tiles of bfloat16 numbers: see tiles.h; else as torch does it.
 #include "lstm.h"
 #include "team.h"
 #include "tiles.h"
@@ -18,7 +17,7 @@ namespace {
 
 #ifdef __AMX_BF16__
 
-// ---- The weights' gradients: one product, [x h']^T da, turned over at the end ----
+// ---- One product, [x h']^T da, turned over at the end ----
 //
 // [x h']^T is the operand of rows, one for each feature; all threads copy it together, a part of
 // the N rows at a time. Of da each thread has a share of the columns, which nobody else reads. It
@@ -57,34 +56,24 @@ void put_features(const std::vector<const T*>& rows, int64_t f, int64_t width, i
     }
 }
 
-// Copies 32 columns, from g on, of rows n0 .. n1 of a matrix (N,G) to `to`. also(v, pair): called
-// with all that is copied, pairs of numbers of 16 columns in their parts; v: which 16.
-template <typename T, typename Also>
-void put_columns_of(const T* matrix, int64_t G, int64_t g, int64_t n0, int64_t n1, Bf16* to,
-                    const Also& also) {
+// Copies 32 columns, from g on, of rows n0 .. n1 of da (N,G) to `to`, and adds them to dbias.
+template <typename T>
+void put_da(const T* da, int64_t G, int64_t g, int64_t n0, int64_t n1, Bf16* to, float* dbias) {
   constexpr int P = kParts<T>;
+  Floats sum[2] = {};
   for (int64_t n = n0; n < n1; n += 32, to += P * 2 * kTileNumbers)
     for (int64_t j = 0; j < 16; ++j)
       for (int64_t v = 0; v < 2; ++v) {
         const int64_t even = n + 2 * j, exist = G - g - v * 16;
-        const T* at = matrix + even * G + g + v * 16;
+        const T* at = da + even * G + g + v * 16;
         __builtin_prefetch(at + 32), __builtin_prefetch(at + G + 32);  // of the next columns
         __m512i pair[P];
         pairs(at, even < n1 ? exist : 0, at + G, even + 1 < n1 ? exist : 0, pair);
         put_columns<P>(to + v * kTileNumbers + j * 32, pair);
-        also(v, pair);
+        for (int p = 0; p < P; ++p)  // a bfloat16 is the upper half of a float32
+          sum[v] += (Floats)_mm512_slli_epi32(pair[p], 16) +
+                    (Floats)_mm512_and_si512(pair[p], _mm512_set1_epi32(0xffff0000));
       }
-}
-
-// The same for da, whose columns are also added to dbias.
-template <typename T>
-void put_da(const T* da, int64_t G, int64_t g, int64_t n0, int64_t n1, Bf16* to, float* dbias) {
-  Floats sum[2] = {};
-  put_columns_of(da, G, g, n0, n1, to, [&](int v, const __m512i* pair) {
-    for (int p = 0; p < kParts<T>; ++p)  // a bfloat16 is the upper half of a float32
-      sum[v] += (Floats)_mm512_slli_epi32(pair[p], 16) +
-                (Floats)_mm512_and_si512(pair[p], _mm512_set1_epi32(0xffff0000));
-  });
   for (int v = 0; v < 2; ++v) put(dbias + v * 16, get(dbias + v * 16, 16) + sum[v], 16);
 }
 
@@ -131,73 +120,7 @@ template <typename T> void weight_gradients(const Weights<T>& a, int64_t id, int
     }
   if (nan) *a.nan = true;
 }
-
-// ---- a b ----
-//
-// Both operands are copied, a chunk of K numbers at a time. The narrower one is copied by all
-// threads together; of the wider one each thread copies a share of its own, and multiplies it.
-
-constexpr int P = 3;
-constexpr int64_t kChunkMm = kChunk<float>;
-
-// out (M,C), at first zero, in rows of `stride` numbers, with room for whole pairs of tiles
-void multiply(const float* a, const float* b, int64_t M, int64_t K, int64_t C, float* out,
-              int64_t stride) {
-  const int64_t pairs_m = (M + 31) / 32, pairs_c = (C + 31) / 32;
-  const bool narrow_a = M < C;  // else b is the narrower one
-  const int64_t narrow = narrow_a ? pairs_m : pairs_c, wide = narrow_a ? pairs_c : pairs_m;
-  auto common = fresh({narrow, kPair<float>}, at::kBFloat16);
-  auto owns = fresh({at::get_num_threads(), kPair<float>}, at::kBFloat16);
-  team_of(wide, [&](int64_t id, int64_t count) {
-    Bf16* const own = data<Bf16>(owns) + id * kPair<float>;
-    TileRegisters registers(true, 16);
-    for (int64_t k0 = 0; k0 < K; k0 += kChunkMm * 32) {
-      const int64_t k1 = std::min(K, k0 + kChunkMm * 32), blocks = (k1 - k0 + 31) / 32;
-      auto put_pair = [&](bool of_a, int64_t pair, Bf16* to) {
-        if (!of_a)
-          return put_columns_of(b, C, pair * 32, k0, k1, to, [](int, const __m512i*) {});
-        for (int64_t r = 0; r < 32; ++r)
-          for (int64_t k = k0; k < k0 + blocks * 32; k += 16)
-            put_row<P>(to + (r / 16 * kChunkMm + (k - k0) / 32) * P * kTileNumbers + r % 16 * 32 +
-                           k % 32,
-                       get(a + (pair * 32 + r) * K + k, pair * 32 + r < M ? K - k : 0));
-      };
-      for (int64_t j = id; j < narrow; j += count)
-        put_pair(narrow_a, j, data<Bf16>(common) + j * kPair<float>);
-      barrier();
-      for (int64_t j = wide * id / count; j < wide * (id + 1) / count; ++j) {
-        put_pair(!narrow_a, j, own);
-        for (int64_t i = 0; i < narrow; ++i) {
-          const Bf16 *mine = own, *ours = data<Bf16>(common) + i * kPair<float>;
-          const int64_t m = narrow_a ? i : j, c = narrow_a ? j : i;
-          product<P, true>(true, true, narrow_a ? ours : mine, kChunkMm * P * kTileNumbers,
-                           narrow_a ? mine : ours, blocks,
-                           {out + m * 32 * stride + c * 32, stride, 16, 16 * stride}, [] {});
-        }
-      }
-      barrier();
-    }
-  });
-}
 #endif
-
-at::Tensor mm(const at::Tensor& a, const at::Tensor& b) {
-#ifdef __AMX_BF16__
-  if (use_amx() && a.dim() == 2 && b.dim() == 2 && a.scalar_type() == at::kFloat &&
-      b.scalar_type() == at::kFloat && a.size(1) == b.size(0) && a.is_contiguous() &&
-      b.is_contiguous()) {
-    const int64_t M = a.size(0), K = a.size(1), C = b.size(1);
-    if (std::min({M, K, C}) >= 32 && double(M) * K * C >= 1e8) {
-      const int64_t stride = round_up(C, 32) + 16;  // no power of two: rows would share cache sets
-      auto sums = at::zeros({round_up(M, 32), stride}, a.options());
-      multiply(data<float>(a), data<float>(b), M, K, C, data<float>(sums), stride);
-      auto out = sums.narrow(0, 0, M).narrow(1, 0, C).contiguous();
-      if (out.sum().isfinite().item<bool>()) return out;  // infinity has no parts
-    }
-  }
-#endif
-  return at::mm(a, b);  // where there is an error, it says so
-}
 
 Three weight_gradients_cpu(const at::Tensor& da, const at::Tensor& x, const at::Tensor& h,
                            const at::Tensor& h0, at::IntArrayRef sizes, bool reverse) {
@@ -263,7 +186,6 @@ Three weight_gradients_cpu(const at::Tensor& da, const at::Tensor& x, const at::
 }  // namespace
 
 TORCH_LIBRARY_IMPL(rnn, CPU, m) {
-  m.impl("mm", mm);
   m.impl("lstm_weight_gradients", weight_gradients_cpu);
 }
 

@@ -7,17 +7,16 @@
 TORCH_LIBRARY(rnn, m) {
   m.def("lstm_forward(Tensor x, Tensor w_ih, Tensor bias, Tensor h0, Tensor c0, Tensor w_hh, "
         "int[] sizes, bool reverse, bool save) -> (Tensor, Tensor, Tensor)");
-  m.def("lstm_backward(Tensor dh, Tensor? dc, Tensor gates, Tensor c, Tensor c0, Tensor w_hh, "
-        "int[] sizes, bool reverse) -> (Tensor, Tensor, Tensor)");
+  m.def("lstm_backward(Tensor dh, Tensor? dc, Tensor gates, Tensor c, Tensor c0, Tensor? w_ih, "
+        "Tensor w_hh, int[] sizes, bool reverse) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("lstm_weight_gradients(Tensor da, Tensor x, Tensor h, Tensor h0, int[] sizes, "
         "bool reverse) -> (Tensor, Tensor, Tensor)");
-  m.def("mm(Tensor a, Tensor b) -> Tensor");
 }
 
 // Derivatives are in __init__.py. A gradient that is asked of an operator itself is an error:
 // without this it would be zero, in silence.
 TORCH_LIBRARY_IMPL(rnn, Autograd, m) {
-  for (const char* name : {"lstm_forward", "lstm_backward", "lstm_weight_gradients", "mm"})
+  for (const char* name : {"lstm_forward", "lstm_backward", "lstm_weight_gradients"})
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
 }
 

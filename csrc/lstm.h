@@ -17,8 +17,9 @@
 //               dc = dc[t] + dc' f' + dh * o * (1 - tanh(c)^2)        f' of the step just done
 //               da_i = dc * g * i (1 - i)                  da_f = dc * c' * f (1 - f)
 //               da_g = dc * i * (1 - g^2)                  da_o = dh * tanh(c) * o (1 - o)
-//           After the loop, in operators of their own (gradients.cpp):
-//               dx = da W_ih    dW_ih = da^T x    dW_hh = da^T h'    dbias = sum of da over rows
+//               dx[t] = da W_ih
+//           After the loop, in an operator of its own (gradients.cpp):
+//               dW_ih = da^T x    dW_hh = da^T h'    dbias = sum of da over rows
 //
 // Rows      are laid out as in a PackedSequence: step t owns sizes[t] rows, right after those of
 //           step t-1; row b of a step belongs to sequence b. Longer sequences come first, so sizes
@@ -29,7 +30,7 @@
 //           bfloat16, on CUDA also float16.
 //           lstm_forward and lstm_backward always sum a number in the same order, whatever the
 //           threads: on one machine their results are the same bits from run to run and for any
-//           number of threads. The two of gradients.cpp may hand the work to torch's product,
+//           number of threads. But dx and the weights' gradients may be left to torch's product,
 //           which does not promise that.
 #pragma once
 #include <ATen/ATen.h>
@@ -40,6 +41,7 @@
 namespace rnn {
 
 using Three = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+using Four = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 // -> h (N,H), c (N,H) and gates (N,4H), activated, for lstm_backward; unless `save` only h and what
 //    the sequences end with, c (B,H); gates (0,4H)
@@ -51,14 +53,15 @@ Three lstm_forward(const at::Tensor& x,     // (N,I)
                    const at::Tensor& w_hh,  // (4H,H)
                    at::IntArrayRef sizes, bool reverse, bool save);
 
-// -> da (N,4H), dh0 (B,H), dc0 (B,H)
-Three lstm_backward(const at::Tensor& dh,                 // (N,H)
-                    const std::optional<at::Tensor>& dc,  // (N,H), absent means zero
-                    const at::Tensor& gates,              // (N,4H), from lstm_forward
-                    const at::Tensor& c,                  // (N,H), from lstm_forward
-                    const at::Tensor& c0,                 // (B,H)
-                    const at::Tensor& w_hh,               // (4H,H)
-                    at::IntArrayRef sizes, bool reverse);
+// -> da (N,4H), dx (N,I) or, without w_ih, (N,0), dh0 (B,H), dc0 (B,H)
+Four lstm_backward(const at::Tensor& dh,                   // (N,H)
+                   const std::optional<at::Tensor>& dc,    // (N,H), absent means zero
+                   const at::Tensor& gates,                // (N,4H), from lstm_forward
+                   const at::Tensor& c,                    // (N,H), from lstm_forward
+                   const at::Tensor& c0,                   // (B,H)
+                   const std::optional<at::Tensor>& w_ih,  // (4H,I), absent: no dx is wanted
+                   const at::Tensor& w_hh,                 // (4H,H)
+                   at::IntArrayRef sizes, bool reverse);
 
 // -> dW_ih (4H,I), dW_hh (4H,H), dbias (4H); float32 for bfloat16, but without AMX rounded to
 //    bfloat16 first, as torch's own products are. On the CPU only.
@@ -80,10 +83,11 @@ at::Tensor forward_bf16(const at::Tensor& x, const at::Tensor& w_ih, const at::T
                         at::IntArrayRef sizes, bool reverse, at::Tensor& h, at::Tensor& c,
                         at::Tensor& gates);
 
-// Fill da and dh0. Return dc0 (B,H) likewise. dc may be undefined.
+// Fill da, dx and dh0. Return dc0 (B,H) likewise. dc may be undefined; w_ih too, if dx is empty.
 at::Tensor backward_bf16(const at::Tensor& dh, const at::Tensor& dc, const at::Tensor& gates,
-                         const at::Tensor& c, const at::Tensor& c0, const at::Tensor& w_hh,
-                         at::IntArrayRef sizes, bool reverse, at::Tensor& da, at::Tensor& dh0);
+                         const at::Tensor& c, const at::Tensor& c0, const at::Tensor& w_ih,
+                         const at::Tensor& w_hh, at::IntArrayRef sizes, bool reverse,
+                         at::Tensor& da, at::Tensor& dx, at::Tensor& dh0);
 
 // ---- Checks that every device's implementation makes first ----
 
@@ -140,7 +144,8 @@ inline void check_forward(const at::Tensor& x, const at::Tensor& w_ih, const at:
 
 inline void check_backward(const at::Tensor& dh, const std::optional<at::Tensor>& dc,
                            const at::Tensor& gates, const at::Tensor& c, const at::Tensor& c0,
-                           const at::Tensor& w_hh, at::IntArrayRef sizes) {
+                           const std::optional<at::Tensor>& w_ih, const at::Tensor& w_hh,
+                           at::IntArrayRef sizes) {
   const int64_t H = check_w_hh(w_hh);
   TORCH_CHECK(gates.dim() == 2 && c0.dim() == 2, "lstm: gates and c0 must have 2 dimensions, got ",
               gates.dim(), " and ", c0.dim());
@@ -148,7 +153,16 @@ inline void check_backward(const at::Tensor& dh, const std::optional<at::Tensor>
   check("dh", dh, w_hh, {N, H}), check("gates", gates, w_hh, {N, 4 * H});
   check("c", c, w_hh, {N, H}), check("c0", c0, w_hh, {B, H});
   if (dc) check("dc", *dc, w_hh, {N, H});
+  if (w_ih) {
+    TORCH_CHECK(w_ih->dim() == 2, "lstm: w_ih must have 2 dimensions, got ", w_ih->dim());
+    check("w_ih", *w_ih, w_hh, {4 * H, w_ih->size(1)});
+  }
   check_sizes(sizes, B, N);
+}
+
+// By torch's product.
+inline at::Tensor find_dx(const at::Tensor& da, const std::optional<at::Tensor>& w_ih) {
+  return w_ih ? at::mm(da, *w_ih) : at::empty({da.size(0), 0}, da.options());
 }
 
 }  // namespace rnn

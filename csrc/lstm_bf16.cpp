@@ -4,8 +4,8 @@
 // computed between the products of the next panel: 16 units of a row at a time.
 //
 // Operands: the rows are what varies with time, [x[t] h'] forward and da' backward. They are
-// double-buffered: one is read, one written for the next step. The columns are [W_ih W_hh]^T and
-// W_hh.
+// double-buffered: one is read, one written for the next step. The columns are [W_ih W_hh]^T and,
+// backward, W_hh and W_ih.
 // From step to step the cell state and its gradient are float32, for both types of tensors.
 #include "lstm.h"
 #include "team.h"
@@ -175,12 +175,12 @@ void forward(const Forward<T>& a, const std::vector<Step>& steps, const Share& m
 // ---- Backward ----
 
 template <typename T> struct Backward {
-  const T *dh, *dc, *gates, *c, *c0, *w_hh;  // as in lstm.h; dc may be null
-  T *da, *dh0;                               // (N,4H), (B,H)
-  Bf16 *columns, *rows[2];                   // the operands
+  const T *dh, *dc, *gates, *c, *c0, *w_ih, *w_hh;  // as in lstm.h; dc may be null
+  T *da, *dx, *dh0;                                 // (N,4H), (N,I), (B,H)
+  Bf16 *columns, *rows[2];                          // the operands
   float *sums, *dc_now;  // (row tiles, unit tiles, 16, 16): da' W_hh; (B,H): dc' f', at first zero
   const int64_t* first;  // (B): the row in which each sequence begins
-  int64_t B, H, R;
+  int64_t B, I, H, R;           // I 0: no dx
   bool amx;
   std::atomic<bool>* nan;  // becomes true if a result is NaN
 };
@@ -197,16 +197,20 @@ void backward(const Backward<T>& a, const std::vector<Step>& steps, const Share&
   const int64_t row_tile = K / 32 * P * kTileNumbers, pair = 2 * row_tile;
   const int64_t next = (H + 31) / 32 * 2 * kSums;  // sums of a row tile
   const int64_t begin = mine.panel * 32, end = std::min(H, mine.panel_end * 32);
-  for (int64_t q = mine.pack; q < mine.pack_end; ++q)
-    for (int64_t k = 0; k < K / 2; ++k)  // pairs of rows of W_hh: of units u and u + 1
+  const int64_t panels = (H + 31) / 32, panels_x = (a.I + 31) / 32;  // of W_hh, then of W_ih
+  const int64_t x0 = panels_x * mine.id / mine.count, x1 = panels_x * (mine.id + 1) / mine.count;
+  auto pack = [&](const T* w, int64_t width, int64_t q, Bf16* to) {  // panel q of w (4H,width)
+    for (int64_t k = 0; k < K / 2; ++k)  // pairs of rows: of units u and u + 1
       for (int64_t v = 0; v < 2; ++v) {
         const int64_t gate = k % 32 / 8, u = k / 32 * 16 + k % 8 * 2, column = q * 32 + v * 16;
-        const T* w = a.w_hh + (gate * H + u) * H + column;
+        const T* at = w + (gate * H + u) * width + column;
         __m512i numbers[P];
-        pairs(w, u < H ? H - column : 0, w + H, u + 1 < H ? H - column : 0, numbers);
-        put_columns<P>(a.columns + q * pair + (k / 16 * P * 2 + v) * kTileNumbers + k % 16 * 32,
-                       numbers);
+        pairs(at, u < H ? width - column : 0, at + width, u + 1 < H ? width - column : 0, numbers);
+        put_columns<P>(to + (k / 16 * P * 2 + v) * kTileNumbers + k % 16 * 32, numbers);
       }
+  };
+  for (int64_t q = mine.pack; q < mine.pack_end; ++q) pack(a.w_hh, H, q, a.columns + q * pair);
+  for (int64_t q = x0; q < x1; ++q) pack(a.w_ih, a.I, q, a.columns + (panels + q) * pair);
   barrier();
 
   TileRegisters registers(a.amx, R);
@@ -221,6 +225,23 @@ void backward(const Backward<T>& a, const std::vector<Step>& steps, const Share&
     return get(a.sums + b / R * next + u / 16 * kSums + b % R * 16, H - u);
   };
   __mmask16 nan = 0;
+  // dx of a step, whose da is in `rows`.
+  auto find_dx = [&](const Step& s, const Bf16* rows, auto&& epilogue) {
+    alignas(64) float sums[4 * kSums];
+    const int64_t row_end = std::min(mine.row_end, s.rows);
+    for (int64_t p = mine.alone ? 0 : x0; p < (mine.alone ? panels_x : x1); ++p)
+      for (int64_t b = mine.row; b < row_end; b += 2 * R) {
+        product<P>(a.amx, b + R < row_end, rows + b / R * row_tile, row_tile,
+                   a.columns + (panels + p) * pair, K / 32, {sums, 16, kSums, 2 * kSums}, epilogue);
+        for (int64_t r = b; r < std::min(b + 2 * R, row_end); ++r)
+          for (int64_t v = 0; v < 2; ++v) {
+            const int64_t column = p * 32 + v * 16, tile = (r - b) / R * 2 + v;
+            const Floats dx = _mm512_load_ps(sums + tile * kSums + (r - b) % R * 16);
+            nan |= is_nan(dx);
+            put(a.dx + (s.row + r) * a.I + column, dx, a.I - column);
+          }
+      }
+  };
   for (size_t t = steps.size(); t-- > 0;) {
     const Step& s = steps[t];
     const int64_t row_end = std::min(mine.row_end, s.rows);
@@ -251,9 +272,11 @@ void backward(const Backward<T>& a, const std::vector<Step>& steps, const Share&
     Epilogue epilogue(finish, mine.row, row_end, H);
     products(a.rows[t % 2], std::min(row_end, later), epilogue,
              [&](int64_t p) { epilogue.follow(p); });
+    if (t + 1 < steps.size()) find_dx(steps[t + 1], a.rows[t % 2], epilogue);
     epilogue.finish_all();
     if (!mine.alone) barrier();
   }
+  find_dx(steps[0], a.rows[1], [] {});
 
   // What each sequence's first step hands to h0.
   const int64_t b0 = mine.alone ? mine.row : a.B * mine.id / mine.count;
@@ -328,10 +351,11 @@ at::Tensor forward_bf16(const at::Tensor& x, const at::Tensor& w_ih, const at::T
 }
 
 at::Tensor backward_bf16(const at::Tensor& dh, const at::Tensor& dc, const at::Tensor& gates,
-                         const at::Tensor& c, const at::Tensor& c0, const at::Tensor& w_hh,
-                         at::IntArrayRef sizes, bool reverse, at::Tensor& da, at::Tensor& dh0) {
+                         const at::Tensor& c, const at::Tensor& c0, const at::Tensor& w_ih,
+                         const at::Tensor& w_hh, at::IntArrayRef sizes, bool reverse,
+                         at::Tensor& da, at::Tensor& dx, at::Tensor& dh0) {
   const auto like = dh.options();
-  const int64_t B = c0.size(0), H = c0.size(1);
+  const int64_t B = c0.size(0), H = c0.size(1), I = dx.size(1);
   const double weight_bytes = 8.0 * (like.dtype() == at::kFloat ? 3 : 1) * H * H;
   const int64_t R = tile_rows(sizes, weight_bytes);
   const int64_t blocks = (H + 15) / 16 * 2, tiles = (B + R - 1) / R, panels = (H + 31) / 32;
@@ -343,12 +367,14 @@ at::Tensor backward_bf16(const at::Tensor& dh, const at::Tensor& dc, const at::T
   with_type(like, [&](auto type) {
     using T = decltype(type);
     constexpr int P = kParts<T>;
-    auto columns = fresh({panels, blocks, P, 2, kTileNumbers}, like.dtype(at::kBFloat16));
+    auto columns = fresh({panels + (I + 31) / 32, blocks, P, 2, kTileNumbers},
+                         like.dtype(at::kBFloat16));
     auto rows = at::zeros({2, tiles, blocks, P, kTileNumbers}, like.dtype(at::kBFloat16));
     Backward<T> a{data<T>(dh), dc.defined() ? data<T>(dc) : nullptr, data<T>(gates), data<T>(c),
-                  data<T>(c0), data<T>(w_hh), data<T>(da), data<T>(dh0), data<Bf16>(columns),
+                  data<T>(c0), I ? data<T>(w_ih) : nullptr, data<T>(w_hh), data<T>(da),
+                  data<T>(dx), data<T>(dh0), data<Bf16>(columns),
                   {data<Bf16>(rows), data<Bf16>(rows) + rows.numel() / 2}, data<float>(sums),
-                  data<float>(dc_now), first.data(), B, H, R, use_amx(), &nan};
+                  data<float>(dc_now), first.data(), B, I, H, R, use_amx(), &nan};
     team(panels, R, sizes, weight_bytes, [&](const Share& mine) {
       backward<T>(a, steps, mine);
     });
@@ -364,7 +390,8 @@ at::Tensor forward_bf16(const at::Tensor&, const at::Tensor&, const at::Tensor&,
                         const at::Tensor&, const at::Tensor&, at::IntArrayRef, bool, at::Tensor&,
                         at::Tensor&, at::Tensor&) { return {}; }
 at::Tensor backward_bf16(const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                         const at::Tensor&, const at::Tensor&, const at::Tensor&, at::IntArrayRef,
-                         bool, at::Tensor&, at::Tensor&) { return {}; }
+                         const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                         const at::Tensor&, at::IntArrayRef, bool, at::Tensor&, at::Tensor&,
+                         at::Tensor&) { return {}; }
 }  // namespace rnn
 #endif

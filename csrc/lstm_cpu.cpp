@@ -262,28 +262,34 @@ Three forward_cpu(const at::Tensor& x, const at::Tensor& w_ih, const at::Tensor&
   return {h.to(type), c.to(type), gates.to(type)};
 }
 
-Three backward_cpu(const at::Tensor& dh, const std::optional<at::Tensor>& dc,
-                   const at::Tensor& gates, const at::Tensor& c, const at::Tensor& c0,
-                   const at::Tensor& w_hh, at::IntArrayRef sizes, bool reverse) {
-  check_backward(dh, dc, gates, c, c0, w_hh, sizes);
+Four backward_cpu(const at::Tensor& dh, const std::optional<at::Tensor>& dc,
+                  const at::Tensor& gates, const at::Tensor& c, const at::Tensor& c0,
+                  const std::optional<at::Tensor>& w_ih, const at::Tensor& w_hh,
+                  at::IntArrayRef sizes, bool reverse) {
+  check_backward(dh, dc, gates, c, c0, w_ih, w_hh, sizes);
   const int64_t N = gates.size(0), B = c0.size(0), H = c0.size(1);
   const auto like = w_hh.options();
   if (is_bf16(w_hh) && !bf16_serves(like, B, H)) {
-    std::optional<at::Tensor> dc_;
+    std::optional<at::Tensor> dc_, w_ih_;
     if (dc) dc_ = dc->to(at::kFloat);
-    auto [da, dh0, dc0] = backward_cpu(dh.to(at::kFloat), dc_, gates.to(at::kFloat),
-                                       c.to(at::kFloat), c0.to(at::kFloat), w_hh.to(at::kFloat),
-                                       sizes, reverse);
-    return {da.to(at::kBFloat16), dh0.to(at::kBFloat16), dc0.to(at::kBFloat16)};
+    if (w_ih) w_ih_ = w_ih->to(at::kFloat);
+    auto [da, dx, dh0, dc0] = backward_cpu(dh.to(at::kFloat), dc_, gates.to(at::kFloat),
+                                           c.to(at::kFloat), c0.to(at::kFloat), w_ih_,
+                                           w_hh.to(at::kFloat), sizes, reverse);
+    return {da.to(at::kBFloat16), dx.to(at::kBFloat16), dh0.to(at::kBFloat16),
+            dc0.to(at::kBFloat16)};
   }
   auto da = fresh({N, 4 * H}, like), dh0 = at::zeros({B, H}, like), dc0 = at::zeros({B, H}, like);
-  if (N == 0) return {da, dh0, dc0};
+  if (N == 0) return {da, find_dx(da, w_ih), dh0, dc0};
   const auto dh_ = dh.contiguous(), gates_ = gates.contiguous(), c_ = c.contiguous();
   const auto c0_ = c0.contiguous(), w_hh_ = w_hh.contiguous();
   const auto dc_ = dc ? dc->contiguous() : at::Tensor();
   if (bf16_serves(like, B, H)) {
-    auto dc_now = backward_bf16(dh_, dc_, gates_, c_, c0_, w_hh_, sizes, reverse, da, dh0);
-    if (dc_now.defined()) return {da, dh0, dc_now.to(like.dtype())};
+    const auto w_ih_ = w_ih ? w_ih->contiguous() : at::Tensor();
+    auto dx = fresh({N, w_ih ? w_ih->size(1) : 0}, like);
+    auto dc_now = backward_bf16(dh_, dc_, gates_, c_, c0_, w_ih_, w_hh_, sizes, reverse, da, dx,
+                                dh0);
+    if (dc_now.defined()) return {da, dx, dh0, dc_now.to(like.dtype())};
   }
   AT_DISPATCH_FLOATING_TYPES(w_hh.scalar_type(), "lstm_backward", [&] {
     using T = scalar_t;
@@ -303,7 +309,7 @@ Three backward_cpu(const at::Tensor& dh, const std::optional<at::Tensor>& dc,
       backward<T>(a, steps, mine);
     });
   });
-  return {da, dh0, dc0};
+  return {da, find_dx(da, w_ih), dh0, dc0};
 }
 
 }  // namespace

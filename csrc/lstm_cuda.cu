@@ -571,15 +571,16 @@ Three forward_cuda(const at::Tensor& x, const at::Tensor& w_ih, const at::Tensor
   return {h, c, save ? gates : none};
 }
 
-Three backward_cuda(const at::Tensor& dh, const std::optional<at::Tensor>& dc,
-                    const at::Tensor& gates, const at::Tensor& c, const at::Tensor& c0,
-                    const at::Tensor& w_hh, at::IntArrayRef sizes, bool reverse) {
-  check_backward(dh, dc, gates, c, c0, w_hh, sizes);
+Four backward_cuda(const at::Tensor& dh, const std::optional<at::Tensor>& dc,
+                   const at::Tensor& gates, const at::Tensor& c, const at::Tensor& c0,
+                   const std::optional<at::Tensor>& w_ih, const at::Tensor& w_hh,
+                   at::IntArrayRef sizes, bool reverse) {
+  check_backward(dh, dc, gates, c, c0, w_ih, w_hh, sizes);
   const int64_t N = gates.size(0), B = c0.size(0), H = c0.size(1);
   const c10::cuda::CUDAGuard guard(w_hh.device());
   const auto like = w_hh.options();
   const at::Tensor da = at::empty({N, 4 * H}, like), dc0 = at::zeros({B, H}, like);
-  if (N == 0) return {da, at::zeros({B, H}, like), dc0};
+  if (N == 0) return {da, find_dx(da, w_ih), at::zeros({B, H}, like), dc0};
   const Problem p(sizes, B, H, N, reverse);
   const at::Tensor dh_ = dh.contiguous(), dc_ = dc ? dc->contiguous() : at::Tensor();
   const at::Tensor gates_ = gates.contiguous(), c_ = c.contiguous(), c0_ = c0.contiguous();
@@ -599,7 +600,7 @@ Three backward_cuda(const at::Tensor& dh, const std::optional<at::Tensor>& dc,
     stepwise_backward<T>(p, dh_, dc_, gates_, c_, c0_, w_hh_, da, da_first, dc_now);
     dc0.copy_(dc_now);
   });
-  return {da, at::mm(da_first, w_hh_), dc0};
+  return {da, find_dx(da, w_ih), at::mm(da_first, w_hh_), dc0};
 }
 
 }  // namespace

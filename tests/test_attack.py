@@ -58,7 +58,7 @@ def forward(x, w_ih, bias, h0, c0, w_hh, sizes, reverse, save):
     return (all_h, all_c, gates) if save else (all_h, c, gates[:0])
 
 
-def backward(dh, dc, gates, c, c0, w_hh, sizes, reverse):
+def backward(dh, dc, gates, c, c0, w_ih, w_hh, sizes, reverse):
     befores, now, steps = [], c0.clone(), walk(sizes, reverse)
     for at in steps:
         befores.append(now[: len(at)].clone())
@@ -71,7 +71,8 @@ def backward(dh, dc, gates, c, c0, w_hh, sizes, reverse):
         da[at] = torch.cat((dc_t * g * i * (1 - i), dc_t * before * f * (1 - f),
                             dc_t * i * (1 - g**2), dh_t * tanh_c * o * (1 - o)), dim=1)
         dh_now[:n], dc_now[:n] = product(da[at], w_hh.mT), dc_t * f
-    return da, dh_now, dc_now
+    dx = da[:, :0] if w_ih is None else product(da, w_ih.mT)
+    return da, dx, dh_now, dc_now
 
 
 def weight_gradients(da, x, h, h0, sizes, reverse):
@@ -79,10 +80,6 @@ def weight_gradients(da, x, h, h0, sizes, reverse):
     for at in walk(sizes, reverse):
         before[at], now[: len(at)] = now[: len(at)], h[at]
     return product(da.mT, x.mT), product(da.mT, before.mT), da.sum(0)
-
-
-def mm(a, b):
-    return (a @ b,)
 
 
 # ---- Arguments that fit ----
@@ -105,12 +102,13 @@ def forward_arguments(r, tensor):
 
 
 def backward_arguments(r, tensor):
-    B, H, _, sizes, N = draw_sizes(r)
+    B, H, I, sizes, N = draw_sizes(r)
     gates = tensor(N, 4 * H).sigmoid()
     gates[:, 2 * H : 3 * H] = 2 * gates[:, 2 * H : 3 * H] - 1  # g is a tanh
     return dict(dh=tensor(N, H), dc=tensor(N, H) if r.random() < 0.5 else None, gates=gates,
-                c=tensor(N, H), c0=tensor(B, H), w_hh=tensor(4 * H, H) * (4 * H)**-0.5,
-                sizes=sizes, reverse=r.random() < 0.5)
+                c=tensor(N, H), c0=tensor(B, H),
+                w_ih=tensor(4 * H, I) * (4 * H)**-0.5 if r.random() < 0.8 else None,
+                w_hh=tensor(4 * H, H) * (4 * H)**-0.5, sizes=sizes, reverse=r.random() < 0.5)
 
 
 def weight_gradients_arguments(r, tensor):
@@ -119,31 +117,23 @@ def weight_gradients_arguments(r, tensor):
                 h0=tensor(B, H), sizes=sizes, reverse=r.random() < 0.5)
 
 
-def mm_arguments(r, tensor):
-    large = r.random() < 0.05  # goes through tiles
-    M, K, C = (r.choice([300, 513, 1000] if large else [0, 1, 2, 15, 33]) for _ in "MKC")
-    return dict(a=tensor(M, K) * max(K, 1)**-0.5, b=tensor(K, C))
-
-
 OPERATORS = {"lstm_forward": (forward_arguments, forward),
              "lstm_backward": (backward_arguments, backward),
-             "lstm_weight_gradients": (weight_gradients_arguments, weight_gradients),
-             "mm": (mm_arguments, mm)}
+             "lstm_weight_gradients": (weight_gradients_arguments, weight_gradients)}
 
 
 def fits(arguments):
     """Whether an operator must accept these: written anew here, for tensors and names alone."""
     a = arguments
     tensors = {name: t for name, t in a.items() if isinstance(t, torch.Tensor)}
-    first = a["a" if "a" in a else "da" if "da" in a else "w_hh"]
+    first = a["da" if "da" in a else "w_hh"]
     if any(t.layout != torch.strided or t.dtype != first.dtype or t.device != first.device
            or t.dim() != (1 if name == "bias" else 2) for name, t in tensors.items()):
         return False
-    if "a" in a:
-        return a["a"].shape[1] == a["b"].shape[0]
     B, H = a["h0" if "da" in a else "c0"].shape
     sizes = a["sizes"]
-    N, I = (a["x"].shape if "x" in a else (a["gates"].shape[0], 0))
+    N = (a["x"] if "x" in a else a["gates"]).shape[0]
+    I = next((a[name].shape[1] for name in ("x", "w_ih") if name in tensors), 0)
     shapes = {"x": (N, I), "w_ih": (4 * H, I), "bias": (4 * H,), "h0": (B, H), "c0": (B, H),
               "w_hh": (4 * H, H), "dh": (N, H), "dc": (N, H), "c": (N, H), "gates": (N, 4 * H),
               "da": (N, 4 * H), "h": (N, H)}
@@ -191,8 +181,7 @@ def attack(name, seed):
         if a[n].numel() and r.random() < 0.1 and not (name == "lstm_backward" and dtype
                                                       == torch.bfloat16):  # there o is 1: inf * 0
             a[n] = a[n].clone()
-            values = [math.nan, *([] if name == "mm" else [math.inf, -math.inf])]
-            a[n].view(-1)[r.randrange(a[n].numel())] = r.choice(values)
+            a[n].view(-1)[r.randrange(a[n].numel())] = r.choice([math.nan, math.inf, -math.inf])
         if r.random() < 0.4:
             a[n] = r.choice(VIEWS)(a[n])
     if r.random() < 0.4:  # one argument is damaged, or is one that was meant for another
@@ -223,7 +212,7 @@ def attack(name, seed):
     except REFUSALS as error:
         assert not right or "can't allocate memory" in str(error), error
         if world != "here":  # there the checks are ours alone: they must say what was wrong
-            assert str(error).startswith("mm: " if name == "mm" else "lstm: "), error
+            assert str(error).startswith("lstm: "), error
         return "refused"
     assert right, f"{name} accepted what does not fit"
     results = results if isinstance(results, tuple) else (results,)
@@ -256,6 +245,10 @@ def compare(name, a, results):
         lost = expected[1].isnan().repeat(1, 4)
         results, expected = ([*r[:2], r[2].masked_fill(lost, 0)] for r in (results, expected))
     dtype = next(t for t in a.values() if isinstance(t, torch.Tensor)).dtype
+    if name == "lstm_backward" and dtype != torch.bfloat16 and not expected[1].isfinite().all():
+        # torch's product spreads infinity and NaN to columns that have none
+        assert results[1].shape == expected[1].shape
+        results, expected = ([r[0], *r[2:]] for r in (results, expected))
     for t, e in zip(results, expected, strict=True):
         assert t.shape == e.shape and t.is_contiguous() and t.dtype == type_of_results(name, dtype)
         t = t.to(dtype)
@@ -284,7 +277,8 @@ def test_random_attacks(name):
 def some(name, dtype, B, H, sizes, reverse=False):
     N = sum(sizes)
     make = {"lstm_forward": dict(x=(N, 9), w_ih=(4 * H, 9), bias=(4 * H,), h0=(B, H), c0=(B, H)),
-            "lstm_backward": dict(dh=(N, H), dc=(N, H), gates=(N, 4 * H), c=(N, H), c0=(B, H))}
+            "lstm_backward": dict(dh=(N, H), dc=(N, H), gates=(N, 4 * H), c=(N, H), c0=(B, H),
+                                  w_ih=(4 * H, 9))}
     make = make[name] | {"w_hh": (4 * H, H)}
     a = {n: torch.rand(shape).to(dtype) * 0.2 for n, shape in make.items()}
     return a | dict(sizes=sizes, reverse=reverse) | (dict(save=False) if "x" in a else {})

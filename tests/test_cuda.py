@@ -31,7 +31,8 @@ def run(inputs, sizes, reverse=False):
     """All results of both operators."""
     x, h0, c0, w_ih, bias, w_hh = inputs
     h, c, gates = torch.ops.rnn.lstm_forward(x, w_ih, bias, h0, c0, w_hh, sizes, reverse, True)
-    return h, c, gates, *torch.ops.rnn.lstm_backward(h, c, gates, c, c0, w_hh, sizes, reverse)
+    back = torch.ops.rnn.lstm_backward(h, c, gates, c, c0, w_ih, w_hh, sizes, reverse)
+    return h, c, gates, *back
 
 
 # Widths around the 8 and 16 units of a block and the 16 of a tensor core; batches around the 16

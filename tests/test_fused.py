@@ -93,8 +93,8 @@ def test_opcheck(shape, reverse, place):
         arguments = (x, w_ih, bias, h0, c0, w_hh, shape[-1], reverse, save)
         torch.library.opcheck(forward, arguments)
     h, c, gates = forward(*arguments)
-    for dc in (None, torch.ones_like(c)):
-        torch.library.opcheck(backward, (h, dc, gates, c, c0, w_hh, shape[-1], reverse))
+    for dc, w in ((None, w_ih), (torch.ones_like(c), None)):
+        torch.library.opcheck(backward, (h, dc, gates, c, c0, w, w_hh, shape[-1], reverse))
 
 
 @pytest.mark.parametrize("reverse", REVERSE)
@@ -129,7 +129,7 @@ def test_same_bits_from_run_to_run_and_for_any_number_of_threads(B, I, H, sizes,
             torch.set_num_threads(threads)
             h, c, gates = torch.ops.rnn.lstm_forward(x, w_ih, bias, h0, c0, w_hh, sizes, False,
                                                      True)
-            back = torch.ops.rnn.lstm_backward(h, c, gates, c, c0, w_hh, sizes, False)
+            back = torch.ops.rnn.lstm_backward(h, c, gates, c, c0, None, w_hh, sizes, False)
             results.append((h, c, gates, *back))
     finally:
         torch.set_num_threads(before)
@@ -409,7 +409,8 @@ def test_the_gradient_of_h0_is_no_nan_where_w_hh_is_large(value, cpu):
     w = torch.randn(4 * H, H) / 10
     w[0, 5] = value
     dh, gates, c = torch.randn(B, H) / 100, torch.rand(B, 4 * H), torch.randn(B, H)
-    da, dh0, _ = torch.ops.rnn.lstm_backward(dh, None, gates, c, torch.ones(B, H), w, [B], False)
+    da, _, dh0, _ = torch.ops.rnn.lstm_backward(dh, None, gates, c, torch.ones(B, H), None, w, [B],
+                                                False)
     exact = da.double() @ w.double()
     assert not exact.isnan().any()
     torch.testing.assert_close(dh0.double(), exact, rtol=1e-4, atol=1e-5)
@@ -418,13 +419,14 @@ def test_the_gradient_of_h0_is_no_nan_where_w_hh_is_large(value, cpu):
 def test_the_limit_of_float32_in_three_parts():
     """Below 1e-30 the parts are too small for AMX: see tiles.h. A number may lose parts that are
     below the smallest normal number, but not more."""
-    a, b = torch.rand(400, 600) + 1, torch.rand(600, 500) + 1
+    B, T, H, I = 20, 30, 100, 120
+    da, x, h = (torch.rand(T * B, n) + 1 for n in (4 * H, I, H))
     least = torch.finfo(torch.float32).tiny
     for scale in (1e-30, 1e-34, 1e-37):
-        exact = (a * scale).double() @ b.double()
-        error = (torch.ops.rnn.mm(a * scale, b) - exact).abs()
-        bound = 600 * torch.finfo(torch.float32).eps * exact.abs()  # of float32's own sums
-        assert (error <= bound + (scale < 1e-30) * 600 * 2 * 3 * least).all()
+        exact = (da * scale).double().t() @ x.double()
+        dw_ih, _, _ = torch.ops.rnn.lstm_weight_gradients(da * scale, x, h, h[:B], [B] * T, False)
+        bound = T * B * torch.finfo(torch.float32).eps * exact.abs()  # of float32's own sums
+        assert ((dw_ih - exact).abs() <= bound + (scale < 1e-30) * T * B * 2 * 3 * least).all()
 
 
 # The last one is longer than the part of the rows that is copied at a time.
@@ -521,23 +523,6 @@ def test_step_by_step_as_torch(B, I, H, dtype):
             close((y, *state), (exact, *exact_state), dtype)
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("M,K,C", [(2, 3, 4), (300, 1111, 333), (333, 1111, 300), (64, 4096, 512)])
-def test_mm_is_torchs_mm(M, K, C, transposed):
-    a = torch.randn(K, M).t() if transposed else torch.randn(M, K)
-    b, mm = torch.randn(K, C), torch.ops.rnn.mm
-    exact = a.double() @ b.double()
-    ours, torchs = root_mean_square([mm(a, b) - exact, a @ b - exact])
-    assert ours <= 1.5 * torchs
-    torch.testing.assert_close(mm(a.double(), b.double()), exact)
-    assert torch.equal(mm(a.bfloat16(), b.bfloat16()), a.bfloat16() @ b.bfloat16())
-    a[0, 0] = float("inf")
-    assert torch.equal(mm(a, b).isinf(), (a @ b).isinf())
-    torch.library.opcheck(mm, (a, b))
-    with pytest.raises(RuntimeError, match="mat1 and mat2"):
-        mm(a, b[1:])
-
-
 # ---- wrong arguments, straight to the operators ----
 
 
@@ -582,13 +567,15 @@ def test_the_operators_check_what_they_get(changes, message):
     ({"gates": lambda t: t[0]}, "2 dimensions, got 1"),
     ({"c": lambda t: t.float()}, "c must be Double as the others, got Float"),
     ({"c0": lambda t: t[:1]}, "sizes must begin with the number of sequences, 1"),
+    ({"w_ih": lambda t: t[0]}, "w_ih must have 2 dimensions, got 1"),
+    ({"w_ih": lambda t: t[1:]}, r"w_ih must be \[16, 2\], got \[15, 2\]"),
     ({"sizes": lambda s: [3]}, "add up to 3, but the input has 5 rows"),
 ])
 def test_the_backward_operator_checks_too(changes, message):
     a = operator_arguments()
     h, c, gates = torch.ops.rnn.lstm_forward(*a.values())
-    good = dict(dh=h, dc=c, gates=gates, c=c, c0=a["c0"], w_hh=a["w_hh"], sizes=[3, 2],
-                reverse=False)
+    good = dict(dh=h, dc=c, gates=gates, c=c, c0=a["c0"], w_ih=a["w_ih"], w_hh=a["w_hh"],
+                sizes=[3, 2], reverse=False)
     with pytest.raises(RuntimeError, match=message):
         torch.ops.rnn.lstm_backward(*(good | {n: f(good[n]) for n, f in changes.items()}).values())
 
@@ -605,14 +592,13 @@ def test_tracing_checks_too():
         with pytest.raises(RuntimeError, match="expected one of .*float32.*, got torch.float16"):
             torch.ops.rnn.lstm_forward(*half.values())
         h, c, gates = torch.ops.rnn.lstm_forward(*fake.values())
-        for name, wrong in (("gates", (h, c, gates[0], c, fake["c0"])),
-                            ("c0", (h, c, gates, c, fake["c0"][0]))):
+        for name, wrong in (("gates", (h, c, gates[0], c, fake["c0"], fake["w_ih"])),
+                            ("c0", (h, c, gates, c, fake["c0"][0], None)),
+                            ("w_ih", (h, c, gates, c, fake["c0"], fake["w_ih"][0]))):
             with pytest.raises(RuntimeError, match=f"lstm: {name} must have 2 dimensions, got 1"):
                 torch.ops.rnn.lstm_backward(*wrong, fake["w_hh"], [3, 2], False)
         with pytest.raises(RuntimeError, match="lstm: h0 must have 2 dimensions, got 1"):
             weight_gradients(gates, fake["x"], h, fake["h0"][0], [3, 2], False)
-        with pytest.raises(RuntimeError, match=r"mm: \(5, 16\) and \(5, 2\) cannot be multiplied"):
-            torch.ops.rnn.mm(gates, fake["x"])
 
 
 def test_nothing_to_do():
@@ -620,8 +606,9 @@ def test_nothing_to_do():
         x, h0, c0, w_ih, bias, w_hh = tensors(B, 3, 5, sizes)
         h, c, gates = torch.ops.rnn.lstm_forward(x, w_ih, bias, h0, c0, w_hh, sizes, False, True)
         assert h.shape == c.shape == (0, 5) and gates.shape == (0, 20)
-        back = torch.ops.rnn.lstm_backward(h, None, gates, c, c0, w_hh, sizes, False)
-        assert [tuple(t.shape) for t in back] == [(0, 20), (B, 5), (B, 5)]
+        for w, I in ((w_ih, 3), (None, 0)):
+            back = torch.ops.rnn.lstm_backward(h, None, gates, c, c0, w, w_hh, sizes, False)
+            assert [tuple(t.shape) for t in back] == [(0, 20), (0, I), (B, 5), (B, 5)]
         assert not any(t.any() for t in back)
 
 
