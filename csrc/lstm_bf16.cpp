@@ -214,22 +214,25 @@ void backward(const Backward<T>& a, const std::vector<Step>& steps, const Share&
   barrier();
 
   TileRegisters registers(a.amx, R);
-  // All products of this thread with `rows`; `epilogue` follows, a panel behind.
+  // All products of this thread of `rows` with W_hh; `epilogue` follows, a panel behind.
   auto products = [&](const Bf16* rows, int64_t row_end, auto&& epilogue, auto&& done) {
-    for (int64_t p = mine.panel; p < mine.panel_end; ++p, done(p - 1))
+    for (int64_t p = mine.panel; p < mine.panel_end; ++p) {
       for (int64_t b = mine.row; b < row_end; b += 2 * R)
         product<P>(a.amx, b + R < row_end, rows + b / R * row_tile, row_tile, a.columns + p * pair,
                    K / 32, {a.sums + b / R * next + p * 2 * kSums, 16, kSums, next}, epilogue);
+      done(p);
+    }
   };
   auto sum = [&](int64_t b, int64_t u) {  // 0 beyond H, for the same reason
     return get(a.sums + b / R * next + u / 16 * kSums + b % R * 16, H - u);
   };
   __mmask16 nan = 0;
-  // dx of a step, whose da is in `rows`.
+  // dx of a step whose da is in `rows`: products with W_ih, and the sums to their place.
   auto find_dx = [&](const Step& s, const Bf16* rows, auto&& epilogue) {
     alignas(64) float sums[4 * kSums];
     const int64_t row_end = std::min(mine.row_end, s.rows);
-    for (int64_t p = mine.alone ? 0 : x0; p < (mine.alone ? panels_x : x1); ++p)
+    const int64_t p0 = mine.alone ? 0 : x0, p1 = mine.alone ? panels_x : x1;
+    for (int64_t p = p0; p < p1; ++p)
       for (int64_t b = mine.row; b < row_end; b += 2 * R) {
         product<P>(a.amx, b + R < row_end, rows + b / R * row_tile, row_tile,
                    a.columns + (panels + p) * pair, K / 32, {sums, 16, kSums, 2 * kSums}, epilogue);
