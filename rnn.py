@@ -106,32 +106,6 @@ def original_gru_step(gx, state, p):
     return {"h": (1 - z) * n + z * h, "r": r, "z": z, "n": n}
 
 
-def peephole_step(gx, state, p):
-    """Gers & Schmidhuber 2000: the gates also see the cell state, each unit its own."""
-    h, c = state  # (B, H) each
-    i, f, g, o = (gx + F.linear(h, p.weight_hh, p.bias_hh)).chunk(4, dim=-1)  # 4 x (B, H)
-    see_i, see_f, see_o = p.weight_peep.chunk(3)  # (H,) each
-    i, f, g = (i + see_i * c).sigmoid(), (f + see_f * c).sigmoid(), g.tanh()
-    c = f * c + i * g
-    o = (o + see_o * c).sigmoid()  # sees the new one
-    return {"h": project(o * c.tanh(), p), "c": c, "i": i, "f": f, "g": g, "o": o}
-
-
-def layer_norm_lstm_step(gx, state, p):
-    """Ba et al. 2016: both products are normalized, before the biases are added; so is c' on its
-    way to h', but not on its way to the next step."""
-    h, c = state  # (B, H) each
-    b_ih, b_hh = (0, 0) if p.bias_ih is None else (p.bias_ih, p.bias_hh)
-    # gx is W_ih x + b_ih, but only W_ih x is to be normalized: take b_ih out, add it afterwards.
-    a = F.layer_norm(gx - b_ih, gx.shape[-1:], p.norm_ih) + b_ih + b_hh
-    a = a + F.layer_norm(F.linear(h, p.weight_hh), gx.shape[-1:], p.norm_hh)  # (B, 4H)
-    i, f, g, o = a.chunk(4, dim=-1)  # 4 x (B, H)
-    i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
-    c = f * c + i * g
-    h = o * F.layer_norm(c, c.shape[-1:], p.norm_c, p.bias_c).tanh()
-    return {"h": project(h, p), "c": c, "i": i, "f": f, "g": g, "o": o}
-
-
 def map_state(function, *states):
     """Apply a function to a state, whether a tensor (RNN, GRU) or a tuple of two (LSTM)."""
     if isinstance(states[0], torch.Tensor):
@@ -396,8 +370,7 @@ class RNNBase(nn.Module):
 
     def _layer(self, k, d):
         """The parameters of layer k in direction d, by their names without suffix."""
-        p = dict(bias_ih=None, bias_hh=None, bias_c=None, weight_hr=None,
-                 nonlinearity=self.nonlinearity)
+        p = dict(bias_ih=None, bias_hh=None, weight_hr=None, nonlinearity=self.nonlinearity)
         for name in self.shapes(1):  # only the names are wanted here
             p[name] = getattr(self, name + self._suffix(k, d))
         return Parameters(**p)
@@ -454,28 +427,6 @@ class GRU(RNNBase):
 
 class OriginalGRU(GRU):
     step = staticmethod(original_gru_step)
-
-
-class PeepholeLSTM(LSTM):
-    step = staticmethod(peephole_step)
-
-    def shapes(self, reads):
-        return super().shapes(reads) | {"weight_peep": (3 * self.hidden_size,)}
-
-
-class LayerNormLSTM(LSTM):
-    step = staticmethod(layer_norm_lstm_step)
-
-    def shapes(self, reads):
-        H = self.hidden_size
-        gains = {"norm_ih": (4 * H,), "norm_hh": (4 * H,), "norm_c": (H,)}
-        return super().shapes(reads) | gains | ({"bias_c": (H,)} if self.bias else {})
-
-    def reset_parameters(self):
-        super().reset_parameters()
-        for name, value in self.named_parameters():
-            if name.startswith("norm"):
-                nn.init.ones_(value)
 
 
 class CellBase:
@@ -551,8 +502,7 @@ def initialize(module):
 # Models
 
 
-CELLS = {"rnn": RNN, "lstm": LSTM, "gru": GRU, "original_gru": OriginalGRU,
-         "peephole": PeepholeLSTM, "lnlstm": LayerNormLSTM}
+CELLS = {"rnn": RNN, "lstm": LSTM, "gru": GRU, "original_gru": OriginalGRU}  # and your own
 PAD, BOS, EOS = range(3)  # padding, and before and after a target: the first three symbols of a
 SPECIALS = ["<pad>", "<bos>", "<eos>"]  # vocabulary that has `specials=SPECIALS`
 

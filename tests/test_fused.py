@@ -14,6 +14,7 @@ import threading
 
 import pytest
 import torch
+from cells import LayerNormLSTM, PeepholeLSTM
 from conftest import ROOT, build_fused, close
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -303,7 +304,7 @@ def test_what_it_cannot_compute_does_not_use_it(calls):
     x = torch.randn(4, 2, 3)
     rnn.LSTM(3, 5).trace(x)
     for layer in (rnn.LSTM(3, 5, proj_size=2), rnn.GRU(3, 5), rnn.RNN(3, 5), Own(3, 5),
-                  rnn.PeepholeLSTM(3, 5), rnn.LayerNormLSTM(3, 5)):
+                  PeepholeLSTM(3, 5), LayerNormLSTM(3, 5)):
         layer(x)
     assert calls == []
 
