@@ -39,18 +39,15 @@ import copy
 import importlib.util
 import math
 import os
+import pathlib
 import re
-import shutil
-import signal
 import sys
-import threading
 import time
 import warnings
 import zipfile
 from collections import Counter
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
@@ -889,20 +886,6 @@ def evaluate(model, ids, batch=64, context=256):
     return float(total) / predictions
 
 
-def evaluate_windows(model, ids, window=256, stride=64, batch=64):
-    """The mean loss over windows of a text, each read from no state: one of `window` predictions
-    begins at every `stride`-th symbol. This is nanoGPT's measure (which draws windows at random).
-    A window's first predictions see little of the text, so it is above `evaluate`'s. In nats per
-    symbol. Raises ValueError if not one window fits into ids (L,)."""
-    if len(ids) < window + 1 or window < 1:
-        raise ValueError(f"a text of {len(ids)} symbols has no window of {window} predictions")
-    windows = ids.unfold(0, window + 1, stride)  # (windows, window + 1)
-    with evaluating(model):
-        losses = [cross_entropy(model(rows[:, :-1])[0], rows[:, 1:], reduction="sum").double()
-                  for rows in windows.split(batch)]
-    return float(sum(losses)) / (len(windows) * window)
-
-
 def perplexity(model, ids, batch=64):
     """exp of the exact loss: that of a choice among so many equally likely symbols."""
     return math.exp(evaluate(model, ids, batch))
@@ -966,7 +949,7 @@ def save(path, model, vocab, **training):
     whatever training needs to go on. It appears whole or not at all: a file of another name is
     written to the end, then renamed, so an earlier checkpoint survives any interruption.
     Raises OSError naming the path when it cannot be written."""
-    content = {"format": "rnn.py 1", "kind": type(model).__name__, "config": model.config,
+    content = {"format": "rnn.py 2", "kind": type(model).__name__, "config": model.config,
                "weights": model.state_dict(), "symbols": vocab.symbols, "words": vocab.words,
                "training": training}
     partial = f"{path}.{os.getpid()}.partial"
@@ -998,8 +981,8 @@ def load(path, device="cpu"):
                 raise ValueError(f"its part {wrong} is not what was written")
             file.seek(0)
             content = torch.load(file, map_location="cpu", weights_only=True)
-        if content["format"] != "rnn.py 1":
-            raise ValueError(f"its format is {content['format']!r}, expected 'rnn.py 1'")
+        if content["format"] != "rnn.py 2":
+            raise ValueError(f"its format is {content['format']!r}, expected 'rnn.py 2'")
         kind, config, weights = MODELS[content["kind"]], content["config"], content["weights"]
         if config.get("layers", 0) > len(weights):
             raise ValueError(f"weights of {len(weights)} tensors for {config['layers']} layers")
@@ -1027,7 +1010,11 @@ def make_optimizer(model, lr, weight_decay):
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr, (0.9, 0.99), weight_decay=weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr, (0.9, 0.99), weight_decay=weight_decay, fused=True)
+    for p in matrices + vectors:  # as its first step would: so that checkpoints are all made alike
+        optimizer.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device),
+                              "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    return optimizer
 
 
 def backpropagate(model, x, y, state, accumulate, autocast):
@@ -1055,61 +1042,27 @@ def learning_rate(lr, warmup, schedule, step, done, halvings):
     return lr * min(1.0, (step + 1) / max(warmup, 1)) * fall
 
 
-# Several processes (of torchrun) train one model: each reads its share of every batch's rows, and
-# DistributedDataParallel gives all of them the mean gradient. The clock, Ctrl-C and the held-out
-# text are rank 0's business; it tells the others, so that all always take the same path.
+class Alone:
+    """What `train` asks of the processes that train together, when there is but one. For several,
+    train_shakespeare.py has the same methods over torch.distributed."""
 
+    rank, count = 0, 1
 
-def processes():
-    """This process's rank, and how many there are: 0 and 1 without torch.distributed."""
-    together = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+    def replica(self, model):
+        """What runs the model, and leaves the mean gradient of all processes."""
+        return model
 
+    def share(self, tensor, dim=0):
+        """This process's rows of a batch."""
+        return tensor
 
-def rank_0_says(*numbers):
-    """Rank 0's numbers, on every rank."""
-    numbers = torch.tensor(numbers, dtype=torch.float64)
-    if processes()[1] > 1:
-        dist.broadcast(numbers, 0)
-    return numbers.tolist()
+    def rank_0_says(self, *numbers):
+        """Rank 0's numbers, on every rank: so that all take the same path."""
+        return numbers
 
-
-def from_all(value):
-    """The values of all ranks, on every rank: a list."""
-    values = [value] * processes()[1]
-    if len(values) > 1:
-        dist.all_gather_object(values, value)
-    return values
-
-
-@contextlib.contextmanager
-def ctrl_c_between_steps():
-    """Ctrl-C leaves a mark, to be looked at between two steps, so that no step is cut in half; a
-    second one interrupts at once. Only the main thread can do this; in others nothing changes."""
-    pressed = []
-
-    def handler(number, frame):
-        if pressed:
-            raise KeyboardInterrupt
-        pressed.append(number)
-
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, handler) if main else None
-    try:
-        yield pressed
-    finally:
-        if main:
-            signal.signal(signal.SIGINT, before)
-
-
-def say(line, passing=False):
-    """Print a line, on rank 0. On a terminal the next one takes the place of a passing one."""
-    terminal = sys.stdout.isatty()
-    if terminal:
-        width = shutil.get_terminal_size().columns - 1
-        line = f"{line:<{width}}"[:width]
-    if processes()[0] == 0:
-        print(line, end="\r" if passing and terminal else "\n", flush=True)
+    def from_all(self, value):
+        """The values of all ranks, on every rank: a list."""
+        return [value]
 
 
 def measures(loss):
@@ -1117,79 +1070,86 @@ def measures(loss):
     return f"loss {loss:.4f} ppl {math.exp(min(loss, 99)):.2f} bpc {loss / math.log(2):.3f}"
 
 
+def made_of(value):
+    """What a value is made of, all the way down: keys, types, the shapes of tensors."""
+    if isinstance(value, torch.Tensor):
+        return f"{'floats' if value.is_floating_point() else 'integers'} {tuple(value.shape)}"
+    if isinstance(value, dict):
+        return {key: made_of(entry) for key, entry in value.items()}
+    if isinstance(value, tuple):
+        return tuple(made_of(entry) for entry in value)
+    return "number" if isinstance(value, (int, float)) else type(value).__name__
+
+
 def check_stored(name, stored, like):
-    """Raises ValueError unless what a checkpoint stored is made as `like` is: of the same types,
-    keys and shapes, all the way down. In `like` None fits anything, {} any dict, [] any list."""
-    number = isinstance(like, (int, float))
-    fits = like is None or isinstance(stored, (int, float) if number else type(like))
-    if fits and isinstance(like, torch.Tensor):
-        fits = stored.shape == like.shape and stored.is_floating_point() == like.is_floating_point()
-    if fits and isinstance(like, dict) and like:
-        fits = stored.keys() == like.keys()
-    if fits and isinstance(like, tuple):
-        fits = len(stored) == len(like)
-    if not fits:
-        found, expected = (tuple(v.shape) if isinstance(v, torch.Tensor) else v
-                           for v in (stored, like))
-        raise ValueError(f"cannot resume: the checkpoint's {name} is {found!r:.200}, expected "
-                         f"something like {expected!r:.200}")
-    for key in like if isinstance(like, dict) else range(len(like)) if type(like) is tuple else ():
-        check_stored(f"{name}[{key!r}]", stored[key], like[key])
+    """Raises ValueError unless a part of a checkpoint is made as `like` is."""
+    found, expected = made_of(stored), made_of(like)
+    if found != expected:
+        raise ValueError(f"cannot resume: the checkpoint's part '{name}' is {found}, expected "
+                         f"{expected}")
 
 
 class Run:
-    """The state of a training run: what it has reached, and checkpoints of it."""
+    """The state of a training run between two steps, and checkpoints of it."""
 
-    KEPT = ("step", "seconds", "halvings", "best", "stale", "history")
+    KEPT = ("step", "seconds", "history", "best", "stale", "halvings")
 
     def __init__(self, model, vocab, batches, val_ids, optimizer, out, options, notes, steps,
-                 seconds, evals):
+                 seconds, evals, world):
         self.model, self.vocab, self.batches, self.val_ids = model, vocab, batches, val_ids
         self.optimizer, self.out, self.options, self.notes = optimizer, out, options, notes
-        self.length, self.evals = (steps, seconds), evals
-        self.state = model.init_state(batches.batch // processes()[1])  # of this process's rows
-        self.step, self.seconds, self.history = 0, 0.0, []
-        self.best, self.best_weights = math.inf, None  # the lowest held-out loss
+        self.length, self.evals, self.world = (steps, seconds), evals, world
+        # Of this process's rows; a checkpoint has those of all.
+        self.state = map_state(lambda s: world.share(s, 1), model.init_state(batches.batch))
+        self.step, self.seconds, self.history = 0, 0.0, []  # (step, training loss, held-out loss)
+        self.best, self.best_weights = math.inf, model.state_dict()  # lowest held-out loss
         self.stale = self.halvings = 0  # evaluations since then; how often they halved the rate
         self.window, self.busy = [], 0.0  # losses and norms since the last report; seconds training
         self.ending = False
 
     def done(self):
         """The part of the run that is over, from 0 to 1."""
-        steps, seconds = self.length
-        return self.step / steps if steps else self.seconds / seconds
+        return self.step / self.length[0] if self.length[0] else self.seconds / self.length[1]
 
-    def start(self):
-        """Start the clock."""
+    def begin(self):
+        """Write a checkpoint and read it back, for what cannot be kept must show before any work.
+        Then start the clock."""
+        if self.world.rank == 0:
+            self.out.mkdir(parents=True, exist_ok=True)
+            for partial in self.out.glob("*.pt.*.partial"):  # of runs that were killed
+                partial.unlink()
+        self.keep("last.pt")
+        if self.world.rank == 0:
+            load(self.out / "last.pt")
         self.since = time.perf_counter()
         self.began = self.since - self.seconds
-        (self.pause,) = rank_0_says(1 if sys.stdout.isatty() else 10)  # seconds between reports
 
-    def after_step(self, loss, norm, pressed):
-        """Count a step, and report, evaluate and write checkpoints when it is time to. pressed:
-        whether Ctrl-C was."""
+    def after_step(self, loss, norm, stopped):
+        """Count a step, and report, evaluate and write checkpoints when it is time to. stopped:
+        whether the run is to end now."""
         self.window.append(torch.stack((loss, norm)))  # read later: do not wait for a GPU here
         past, now = self.done(), time.perf_counter()
         self.step += 1
-        self.seconds, took, self.ending = rank_0_says(now - self.began, now - self.since, pressed)
+        self.seconds, took, self.ending = self.world.rank_0_says(now - self.began,
+                                                                 now - self.since, stopped)
         # One evaluation is due after each evals-th part of the run; 3 * (1 / 3) may be below 1.
         due = int(self.done() * self.evals + 1e-9) > int(past * self.evals + 1e-9)
-        if not (due or self.ending or took > self.pause):
+        if not (due or self.ending or took > 5):
             return
         loss = self.report(took)
-        if self.ending:
-            self.keep("last.pt")  # before an evaluation that uninterrupted runs do not make
-        if due or self.ending:
-            self.measure(loss)
         if due:
+            self.measure(loss)
             self.keep("last.pt")
+        elif self.ending:
+            self.keep("last.pt")  # before an evaluation that uninterrupted runs do not make
+            self.measure(loss)
         self.window, self.since, self.busy = [], time.perf_counter(), self.busy + took
 
     def report(self, took):
         """Print a line on the steps of the last `took` seconds. Returns their mean loss; raises
         FloatingPointError if it or a gradient's norm is not finite."""
         losses, norms = torch.stack(self.window).cpu().unbind(1)  # (steps,) each
-        losses = from_all(float(losses.mean()))  # of each process's rows
+        losses = self.world.from_all(float(losses.mean()))  # of each process's rows
         loss, norm = sum(losses) / len(losses), float(norms.max())
         if not math.isfinite(loss + norm):
             raise FloatingPointError(
@@ -1199,19 +1159,21 @@ class Run:
         note = " gradient vanishes" if float(norms.min()) < 1e-6 else note
         speed = len(self.window) * self.options["batch"] * self.options["context"] / took
         left = max(0, self.seconds * (1 / self.done() - 1))
-        say(f"step {self.step:,} ({left:.0f} s left) {measures(loss)} grad {norm:.2g} "
-            f"{speed:,.0f} chars/s{note}", passing=True)
+        if self.world.rank == 0:
+            print(f"step {self.step:,} ({left:.0f} s left) {measures(loss)} grad {norm:.2g} "
+                  f"{speed:,.0f} chars/s{note}", flush=True)
         return loss
 
     def measure(self, loss):
         """Evaluate, and keep the model if it is the best so far."""
-        context = min(256, max(1, 2**28 // (64 * len(self.vocab))))  # 1 GiB of logits at most
-        first = processes()[0] == 0
-        (value,) = rank_0_says(evaluate(self.model, self.val_ids, 64, context) if first else 0.0)
+        value, context = 0.0, min(256, max(1, 2**28 // (64 * len(self.vocab))))  # 1 GiB of logits
+        if self.world.rank == 0:
+            value = evaluate(self.model, self.val_ids, 64, context)
+            print(f"step {self.step:,} held-out {measures(value)}", flush=True)
+        (value,) = self.world.rank_0_says(value)
         if not math.isfinite(value):
             raise FloatingPointError(f"training stopped at step {self.step}: held-out loss "
                                      f"{value}; the last checkpoint remains")
-        say(f"step {self.step:,} held-out {measures(value)}")
         self.history.append((self.step, loss, value))
         self.stale = 0 if value < self.best else self.stale + 1
         self.halvings += self.stale > 0 and self.stale % 2 == 0
@@ -1220,55 +1182,41 @@ class Run:
             self.keep("best.pt")
 
     def content(self):
-        """All that is needed to go on from this moment, of all processes: so any number can."""
-        random = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
-        states, randoms = zip(*from_all((map_state(torch.Tensor.cpu, self.state), random)))
-        return {"run": {name: getattr(self, name) for name in self.KEPT}, "notes": self.notes,
-                "options": self.options, "best": self.best_weights, "random": list(randoms),
+        """All that is needed to go on from this moment, in any number of processes."""
+        states = self.world.from_all(map_state(torch.Tensor.cpu, self.state))
+        return {"run": {name: getattr(self, name) for name in self.KEPT}, "best": self.best_weights,
                 "state": map_state(lambda *s: torch.cat(s, dim=1), *states),
                 "optimizer": self.optimizer.state_dict(), "batches": self.batches.state_dict()}
 
     def keep(self, name):
         """Write a checkpoint."""
         content = self.content()
-        if processes()[0] == 0:
-            save(os.path.join(self.out, name), self.model, self.vocab, **content)
+        if self.world.rank == 0:
+            save(self.out / name, self.model, self.vocab, options=self.options, notes=self.notes,
+                 **content)
 
     def resume(self, kept):
-        """Go on from what `content` returned. What is missing or damaged shows now, not later."""
-        like, part = self.content(), "training part"
-        check_stored(part, kept, {**dict.fromkeys(like), "options": self.options})
+        """Go on from what a checkpoint kept. What is missing or damaged shows now, not later."""
+        kept = copy.deepcopy(kept) if isinstance(kept, dict) else {}
+        check_stored("options", kept.get("options"), self.options)
         wrong = [f"{name}={self.options[name]} (it was {old})"
                  for name, old in kept["options"].items() if self.options[name] != old]
         if wrong:
             raise ValueError("a run cannot be resumed with other values: " + ", ".join(wrong))
-        check_stored(part, kept, {**like, "notes": None, "random": []})
-        for random in kept["random"] or [None]:
-            check_stored(f"{part}['random']", random, {**like["random"][0], "cuda": []})
-        if kept["best"] is not None:
-            check_stored("best", kept["best"], self.model.state_dict())
-        if kept["run"]["step"] > 0:
-            moments = {k: {"step": torch.tensor(0.0), "exp_avg": p, "exp_avg_sq": p}
-                       for k, p in enumerate(p.detach() for group in self.optimizer.param_groups
-                                             for p in group["params"])}
-            check_stored("optimizer", kept["optimizer"]["state"], moments)
+        for part, like in self.content().items():
+            check_stored(part, kept.get(part), like)
         for name in self.KEPT:
-            setattr(self, name, copy.deepcopy(kept["run"][name]))
+            setattr(self, name, kept["run"][name])
         self.best_weights, device = kept["best"], self.batches.ids.device
-        rank, count = processes()
-        self.state = map_state(lambda s: s.chunk(count, dim=1)[rank].to(device), kept["state"])
+        self.state = map_state(lambda s: self.world.share(s.to(device), 1), kept["state"])
         self.optimizer.load_state_dict(kept["optimizer"])
         self.batches.load_state_dict(kept["batches"])
-        if rank < len(kept["random"]):  # a process more than there were begins with its own seed
-            random = kept["random"][rank]
-            torch.set_rng_state(random["cpu"])
-            torch.cuda.set_rng_state_all(random["cuda"][: torch.cuda.device_count()])
 
 
 def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, batch=32,
           context=64, order="sequential", lr=4e-3, warmup=20, schedule="cosine",
           weight_decay=0.01, clip=1.0, accumulate=1, dtype=torch.float32, seed=0, evals=10,
-          patience=None, resume=None, notes=None):
+          patience=None, resume=None, notes=None, stop=None, world=None):
     """Train a CharLM by truncated BPTT on ids (N,). Returns a dict: "val_loss" (nats per symbol, of
     the best checkpoint, whose weights the model then has), "step", "seconds", "chars_per_s",
     "history" (a list of (step, training loss, val_loss)).
@@ -1288,17 +1236,15 @@ def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, ba
     resume            the third result of `load`, with the model of the same `load`: go on there,
                       as if never interrupted if steps or seconds are as before
     notes             a dict that the checkpoints keep
+    stop              a function, asked after every step whether to end the run, in order: then it
+                      evaluates and writes the checkpoints
+    world             several processes that train together, see Alone; all call this alike
 
-    Ctrl-C ends the run after the step, evaluates and writes the checkpoints. Processes for which
-    torch.distributed has been initialized, with a backend that serves the CPU too, train together;
-    all call this alike.
     Raises ValueError for bad values, OSError if `out` cannot be written, FloatingPointError when a
     loss or gradient is no longer finite; the last good checkpoint then remains."""
-    rank, count = processes()
     options = {"batch": batch, "context": context, "order": order, "lr": lr, "warmup": warmup,
                "schedule": schedule, "weight_decay": weight_decay, "clip": clip, "seed": seed,
                "accumulate": accumulate, "dtype": str(dtype), "symbols": len(train_ids)}
-    batches = Batches(train_ids, batch, context, order, seed)  # the same on every rank
     at_least_1 = min(accumulate, evals, 1 if patience is None else patience)
     for fine, message in (
         ((steps is None) != (seconds is None) and (steps or seconds or 0) > 0,
@@ -1310,7 +1256,6 @@ def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, ba
         (at_least_1 >= 1 and warmup >= 0 and clip > 0,
          "accumulate, evals, patience must be at least 1, warmup at least 0, clip above 0; got "
          f"{accumulate=} {evals=} {patience=} {warmup=} {clip=}"),
-        (batch % count == 0, f"batch must be a multiple of the {count} processes, got {batch}"),
         (2 <= len(vocab) == model.vocab_size and len(val_ids) >= 2,
          "training needs two different symbols, a model for just as many, and two symbols to "
          f"evaluate on; got {len(vocab)}, {model.vocab_size} and {len(val_ids)}"),
@@ -1318,40 +1263,33 @@ def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, ba
         if not fine:
             raise ValueError(message)
 
-    torch.manual_seed(seed + rank)  # each drops units of its own
+    world = world or Alone()
+    batches = Batches(train_ids, batch, context, order, seed)  # the same in every process
     optimizer = make_optimizer(model, lr, weight_decay)
-    run = Run(model, vocab, batches, val_ids, optimizer, out, options, notes, steps, seconds, evals)
+    run = Run(model, vocab, batches, val_ids, optimizer, pathlib.Path(out), options, notes, steps,
+              seconds, evals, world)
     if resume is not None:
         run.resume(resume)
-    if rank == 0:
-        os.makedirs(out, exist_ok=True)
-        for name in os.listdir(out):  # half-written files of runs that were killed
-            if re.fullmatch(r"(best|last)\.pt\.\d+\.partial", name):
-                os.unlink(os.path.join(out, name))
-    run.keep("last.pt")  # at once, and read back: what cannot be kept must show before any work
-    if rank == 0:
-        load(os.path.join(out, "last.pt"))
     model.train()
-    replica = nn.parallel.DistributedDataParallel(model) if count > 1 else model
+    replica = world.replica(model)
     autocast = torch.autocast(train_ids.device.type, dtype, enabled=dtype != torch.float32)
     first_step = run.step
-    run.start()
-    with ctrl_c_between_steps() as pressed:
-        while run.done() < 1 and not run.ending and run.stale != patience:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(lr, warmup, schedule, run.step, run.done(),
-                                            run.halvings)
-            x, y = (part.chunk(count)[rank] for part in batches.next())  # (B / count, T) each
-            if not batches.carries_state:
-                run.state = model.init_state(len(x))
-            optimizer.zero_grad()
-            loss, run.state = backpropagate(replica, x, y, run.state, accumulate, autocast)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
-            optimizer.step()
-            run.after_step(loss, norm, bool(pressed))
+    run.begin()
+    while run.done() < 1 and not run.ending and run.stale != patience:
+        # What a step drops follows from its number, so a resumed run drops the same.
+        torch.manual_seed(seed + 1000 * run.step + world.rank)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(lr, warmup, schedule, run.step, run.done(), run.halvings)
+        x, y = (world.share(part) for part in batches.next())  # (B, T) each
+        if not batches.carries_state:
+            run.state = model.init_state(len(x))
+        optimizer.zero_grad()
+        loss, run.state = backpropagate(replica, x, y, run.state, accumulate, autocast)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        run.after_step(loss, norm, stop is not None and stop())
 
-    if run.best_weights:
-        model.load_state_dict(run.best_weights)
+    model.load_state_dict(run.best_weights)
     return {"val_loss": run.best, "step": run.step, "seconds": run.seconds,
             "chars_per_s": (run.step - first_step) * batch * context / max(run.busy, 1e-9),
             "history": run.history}

@@ -7,7 +7,6 @@ import math
 import os
 import pickle
 import signal
-import threading
 
 import pytest
 import torch
@@ -476,18 +475,6 @@ def test_evaluate_wrong_arguments(vocab):
             rnn.evaluate(small(vocab), torch.zeros(ids, dtype=torch.long), batch, context)
 
 
-def test_windows_by_hand(vocab, ids):
-    model = small(vocab).double()
-    losses = [nn.functional.cross_entropy(model(ids[None, k : k + 20])[0][0], ids[k + 1 : k + 21])
-              for k in range(0, len(ids) - 20, 7)]
-    windowed = rnn.evaluate_windows(model, ids, window=20, stride=7, batch=16)
-    assert windowed == pytest.approx(torch.stack(losses).mean().item(), rel=1e-6)
-    one = rnn.evaluate_windows(model, ids, window=len(ids) - 1)
-    assert one == pytest.approx(rnn.evaluate(model, ids), rel=1e-6)
-    with pytest.raises(ValueError, match="of 20 symbols has no window of 20 predictions"):
-        rnn.evaluate_windows(model, ids[:20], window=20)
-
-
 def test_evaluate_sees_states_however_small():
     """A cell that never forgets, and an output that makes much of its tiny state."""
     torch.manual_seed(0)
@@ -667,22 +654,14 @@ def test_training_learns(text, tmp_path, options):
 @pytest.mark.parametrize("options", [
     {}, {"order": "random"}, {"schedule": "plateau"}, {"config": {"layers": 2, "dropout": 0.3}},
     {"config": {"cell": "gru"}}], ids=str)
-def test_resumed_equals_uninterrupted(text, tmp_path, monkeypatch, options):
-    """Ctrl-C in the middle, then on from last.pt: the same weights, bit for bit."""
+def test_resumed_equals_uninterrupted(text, tmp_path, options):
+    """Ended in the middle, then on from last.pt: the same weights, bit for bit."""
     whole, expected, _ = run(text, tmp_path / "whole", steps=24, evals=3, **options)
     last = rnn.load(tmp_path / "whole" / "last.pt")[0]
-    steps, plain = [], rnn.backpropagate
-
-    def interrupting(*args):
-        steps.append(1)
-        if len(steps) == 11:
-            signal.raise_signal(signal.SIGINT)
-        return plain(*args)
-
-    monkeypatch.setattr(rnn, "backpropagate", interrupting)
-    _, half, _ = run(text, tmp_path / "parts", steps=24, evals=3, **options)
-    assert half["step"] == 11
-    monkeypatch.undo()
+    asked = itertools.count(1)
+    _, half, _ = run(text, tmp_path / "parts", steps=24, evals=3,
+                     stop=lambda: next(asked) == 11, **options)
+    assert half["step"] == 11 and [h[0] for h in half["history"]] == [8, 11]
     model, vocab, training = rnn.load(tmp_path / "parts" / "last.pt")
     options.pop("config", None)
     torch.manual_seed(99)  # must not matter
@@ -745,12 +724,20 @@ def test_training_runs_for_the_seconds_it_is_given(text, tmp_path):
     assert 1.0 <= result["seconds"] < 10 and len(result["history"]) == 2
 
 
-def test_training_outside_the_main_thread(text, tmp_path):
-    results = []
-    thread = threading.Thread(target=lambda: results.append(run(text, tmp_path, steps=2)))
-    thread.start()
-    thread.join()
-    assert results[0][1]["step"] == 2
+def test_ctrl_c_leaves_the_last_checkpoint(text, tmp_path, monkeypatch):
+    plain, steps = rnn.backpropagate, []
+
+    def interrupting(*args):
+        steps.append(1)
+        if len(steps) == 11:
+            signal.raise_signal(signal.SIGINT)
+        return plain(*args)
+
+    monkeypatch.setattr(rnn, "backpropagate", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        run(text, tmp_path, steps=24, evals=3)
+    assert rnn.load(tmp_path / "last.pt")[2]["run"]["step"] == 8
+    assert sorted(os.listdir(tmp_path)) == ["best.pt", "last.pt"]
 
 
 @pytest.mark.parametrize("options,message", [
