@@ -158,6 +158,11 @@ FUSED = os.environ.get("RNN_FUSED", "")
 if FUSED not in ("", "0", "1"):
     raise ValueError(f"RNN_FUSED must be 0, 1 or unset, got '{FUSED}'")
 fused = None  # csrc/__init__.py as a module, once it is loaded
+if FUSED != "0":
+    with contextlib.suppress(ModuleNotFoundError):  # there is one once setup.py has been run
+        import rnn_C
+
+        fused = rnn_C.load()  # None, and a warning, if it does not fit this torch or CPU
 
 
 def build():
@@ -170,7 +175,7 @@ def build():
         raise RuntimeError("RNN_FUSED=0 in the environment forbids the fused LSTM")
     source = os.path.join(os.path.dirname(os.path.abspath(__file__)), "csrc", "__init__.py")
     try:
-        # Under the name that the package of setup.py has: whoever asks for rnn_C gets this one.
+        # Under the name that setup.py gives it: whoever asks for rnn_C gets this one.
         spec = importlib.util.spec_from_file_location("rnn_C", source)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
@@ -179,16 +184,6 @@ def build():
     except Exception as error:  # no compiler, no ninja, no csrc/, an error of the compiler
         raise RuntimeError(f"the fused LSTM could not be built: {error}") from error
     fused = module
-
-
-if FUSED != "0" and importlib.util.find_spec("rnn_C"):  # from setup.py
-    try:
-        fused = importlib.import_module("rnn_C")
-        fused.load()
-    except (ImportError, OSError, RuntimeError) as error:
-        fused = None
-        warnings.warn("rnn_C does not fit this Python, torch or CPU, so LSTM runs its plain path; "
-                      f"build it anew with python setup.py develop ({error})", stacklevel=2)
 
 
 # ----------------------------------------------------------------------------------------------
