@@ -221,24 +221,19 @@ class RNNBase(nn.Module):
         self.reset_parameters()
 
     def _check_arguments(self):
-        kinds = {"input_size": int, "hidden_size": int, "bias": bool, "batch_first": bool}
-        for name, kind in kinds.items():
-            value = getattr(self, name)
+        for name in ("input_size", "hidden_size", "bias", "batch_first"):
+            kind, value = int if name.endswith("size") else bool, getattr(self, name)
             if not isinstance(value, kind):
                 raise TypeError(f"{name} should be of type {kind.__name__}, "
                                 f"got: {type(value).__name__}")
+        for name in ("input_size", "hidden_size", "num_layers"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be greater than zero, got {getattr(self, name)}")
         p, size = self.dropout, self.proj_size
-        number = isinstance(p, (int, float)) and not isinstance(p, bool)
-        projects = 0 < size < self.hidden_size and isinstance(self, LSTM)
-        for name, fine, wanted in (
-            ("input_size", self.input_size > 0, "must be greater than zero"),
-            ("hidden_size", self.hidden_size > 0, "must be greater than zero"),
-            ("num_layers", self.num_layers > 0, "must be greater than zero"),
-            ("dropout", number and 0 <= p <= 1, "should be a number in range [0, 1]"),
-            ("proj_size", size == 0 or projects, "must be 0, or in an LSTM below hidden_size"),
-        ):
-            if not fine:
-                raise ValueError(f"{name} {wanted}, got {getattr(self, name)}")
+        if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p <= 1:
+            raise ValueError(f"dropout should be a number in range [0, 1], got {p}")
+        if size and not (0 < size < self.hidden_size and isinstance(self, LSTM)):
+            raise ValueError(f"proj_size must be 0, or in an LSTM below hidden_size, got {size}")
         if p and self.num_layers == 1:
             warnings.warn("dropout acts between layers and so needs num_layers greater than 1, "
                           f"but got dropout={p} and num_layers=1", stacklevel=3)
@@ -278,8 +273,9 @@ class RNNBase(nn.Module):
 
     def _as_rows(self, input):
         """The input in the one layout that all that follows knows, rows as for `scan`, (N, I); the
-        rows of each step; and three functions: one gives results the input's layout, one brings
-        (layers * directions, B, H) of a state into the rows' order, one brings it back."""
+        rows of each step; a function that gives rows the input's layout; and two indices into the
+        second dimension of a state: s[:, order] is (layers * directions, B, H) in the rows' order,
+        s[:, back] is what the caller gives and gets."""
         packed = isinstance(input, PackedSequence)
         x, weight = input.data if packed else input, getattr(self, "weight_ih" + self._suffix(0, 0))
         if not packed and x.dim() not in (2, 3):
@@ -293,10 +289,10 @@ class RNNBase(nn.Module):
             raise RuntimeError(f"Expected input.size(-1) {self.input_size} on {weight.device}, "
                                f"got {x.shape[-1]} on {x.device}")
         if packed:
-            order, back = input.sorted_indices, input.unsorted_indices
+            order, back = (slice(None) if index is None else index  # sorted already
+                           for index in (input.sorted_indices, input.unsorted_indices))
             return (x, input.batch_sizes.tolist(), lambda rows: PackedSequence(rows, *input[1:]),
-                    lambda s: s if order is None else s[:, order],
-                    lambda s: s if back is None else s[:, back])
+                    order, back)
         single = x.dim() == 2
         x = x[:, None] if single else x.transpose(0, 1) if self.batch_first else x  # (T, B, I)
         T, B = x.shape[:2]
@@ -307,10 +303,10 @@ class RNNBase(nn.Module):
             y = rows.view(T, B, rows.shape[-1])
             return y[:, 0] if single else y.transpose(0, 1) if self.batch_first else y
 
-        return (x.reshape(T * B, self.input_size), [B] * T, undo,
-                lambda s: s[:, None] if single else s, lambda s: s[:, 0] if single else s)
+        order, back = (None, 0) if single else (slice(None), slice(None))  # None adds a dimension
+        return x.reshape(T * B, self.input_size), [B] * T, undo, order, back
 
-    def _initial_state(self, hx, x, B, arrange, restore):
+    def _initial_state(self, hx, x, B, order, back):
         """hx, checked, or zeros: a tuple of (layers * directions, B, H)."""
         widths = (self.output_size, self.hidden_size)[: self.states]
         zeros = tuple(x.new_zeros(self.num_layers * self.directions, B, width) for width in widths)
@@ -323,15 +319,15 @@ class RNNBase(nn.Module):
                             f"{type(hx).__name__} of {[type(s).__name__ for s in state]}")
         for k, (s, zero) in enumerate(zip(state, zeros)):
             same_type = s.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
-            if s.shape != restore(zero).shape or s.device != x.device or not same_type:
-                raise RuntimeError(f"Expected hidden[{k}] size {tuple(restore(zero).shape)}, "
-                                   f"{x.dtype} on {x.device}, got {list(s.shape)}, {s.dtype} on "
-                                   f"{s.device}")
-        return tuple(arrange(s) for s in state)
+            shape = zero[:, back].shape
+            if s.shape != shape or s.device != x.device or not same_type:
+                raise RuntimeError(f"Expected hidden[{k}] size {tuple(shape)}, {x.dtype} on "
+                                   f"{x.device}, got {list(s.shape)}, {s.dtype} on {s.device}")
+        return tuple(s[:, order] for s in state)
 
     def _run(self, input, hx, keep):
-        x, sizes, undo, arrange, restore = self._as_rows(input)  # (N, I)
-        state = self._initial_state(hx, x, sizes[0], arrange, restore)
+        x, sizes, undo, order, back = self._as_rows(input)  # (N, I)
+        state = self._initial_state(hx, x, sizes[0], order, back)
         ends, traces = [], []
         for k in range(self.num_layers):
             if k > 0 and self.variational:
@@ -347,7 +343,7 @@ class RNNBase(nn.Module):
                 ends.append(end)
                 traces.append({name: undo(rows) for name, rows in steps.items()})
             x = torch.cat(outputs, dim=-1) if self.bidirectional else outputs[0]
-        state = tuple(restore(torch.stack(s)) for s in zip(*ends))  # (layers * directions, B, H)
+        state = tuple(torch.stack(s)[:, back] for s in zip(*ends))  # (layers * directions, B, H)
         if (self.states == 2 and torch.is_autocast_enabled(x.device.type)
                 and x.dtype != torch.float64):  # c is summed in float32, torch.nn.LSTM's is low
             low = torch.get_autocast_dtype(x.device.type)
