@@ -1,11 +1,8 @@
 """Recurrent networks in one file: cells, layers, models, training and sampling in pure PyTorch.
 
 `rnn.RNN`, `rnn.LSTM` and `rnn.GRU` take the place of torch.nn's: the same arguments, parameter
-names, gate order, initial values, shapes and results. To be read from top to bottom: the first
-third is the networks, the rest what one does with them. Nothing is needed beside torch.
-
-Contents     cells, layers, the fused LSTM (optional), models, text, evaluation, sampling,
-             checkpoints, training
+names, gate order, initial values, shapes and results. To be read from top to bottom: cells and
+layers, which are the networks; models made of them; then what one does with these.
 
 Dimensions   T  time steps (symbols in a chunk of text)    I  features that a layer reads
              B  batch (sequences side by side)             H  hidden units of a layer
@@ -59,8 +56,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 # a tuple, (h,) or (h, c); and p, the parameters of its layer as attributes by torch's names. It
 # returns a dict of all that it computed, which begins with the new state, in order. So a cell of
 # your own is one short function, and nothing that happens inside is hidden: see `RNNBase.trace`.
-# (Only inside is a state always a tuple. What layers take and return is as in torch.nn: for RNN and
-# GRU the tensor h, for LSTM the tuple (h, c).)
+# (Only inside is a state always a tuple. Layers take and return it as torch.nn's: RNN and GRU as
+# the tensor h, LSTM as the tuple (h, c).)
 
 
 def rnn_step(gx, state, p):
@@ -383,14 +380,11 @@ class RNNBase(nn.Module):
 class RNN(RNNBase):
     step = staticmethod(rnn_step)
 
-    def __init__(self, input_size, hidden_size, num_layers=1, nonlinearity="tanh", bias=True,
-                 batch_first=False, dropout=0.0, bidirectional=False, proj_size=0, device=None,
-                 dtype=None):
+    def __init__(self, input_size, hidden_size, num_layers=1, nonlinearity="tanh", *args, **kwargs):
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select 'tanh' or 'relu'.")
         self.nonlinearity = nonlinearity
-        super().__init__(input_size, hidden_size, num_layers, bias, batch_first, dropout,
-                         bidirectional, proj_size, device, dtype)
+        super().__init__(input_size, hidden_size, num_layers, *args, **kwargs)  # as in RNNBase
 
 
 class LSTM(RNNBase):
@@ -478,9 +472,11 @@ def initialize(module):
             elif name.startswith("weight_hh"):
                 for block in value.chunk(gates):  # (H, H) each
                     nn.init.orthogonal_(block)
-            elif name.startswith("weight") and value.dim() == 2:  # W_ih, W_hr, a Linear's
-                for block in value.chunk(gates if name.startswith("weight_ih") else 1):
+            elif name.startswith("weight_ih"):
+                for block in value.chunk(gates):  # (H, I) each
                     nn.init.xavier_uniform_(block)
+            elif name.startswith("weight") and value.dim() == 2:  # W_hr; a Linear's
+                nn.init.xavier_uniform_(value)
             if name.startswith("bias_ih") and isinstance(layer, LSTM):
                 nn.init.ones_(value.chunk(4)[1])  # i, f, g, o
     return module
@@ -963,13 +959,10 @@ def load(path, device="cpu"):
     a single bit, or not a checkpoint of this library."""
     try:
         with open(path, "rb") as file:
+            # torch.load compares no checksums, and does not read a part that is marked as a folder.
             archive = zipfile.ZipFile(file)
-            # torch.load compares no checksums, and leaves memory as it happens to be for a part
-            # that is marked as a folder.
-            folders = [part.filename for part in archive.infolist() if part.external_attr & 0x10]
-            wrong = archive.testzip() or "".join(folders[:1])
-            if wrong:
-                raise ValueError(f"its part {wrong} is not what was written")
+            if archive.testzip() or any(p.external_attr & 0x10 for p in archive.infolist()):
+                raise ValueError("a part of it is not what was written")
             file.seek(0)
             content = torch.load(file, map_location="cpu", weights_only=True)
         if content["format"] != "rnn.py 2":
@@ -979,8 +972,7 @@ def load(path, device="cpu"):
             raise ValueError(f"weights of {len(weights)} tensors for {config['layers']} layers")
         with torch.device("meta"):  # whatever the sizes, this takes no memory: they must fit first
             kind(**config).load_state_dict(weights, assign=True)
-        with torch.random.fork_rng(devices=[]):  # initial values are drawn, but not wanted
-            model = kind(**config)
+        model = kind(**config)
         model.load_state_dict(weights)
         vocab, training = Vocab(content["symbols"], content["words"]), content["training"]
         if len(vocab) != model.vocab_size or not all(isinstance(s, str) for s in vocab.symbols):
@@ -1034,25 +1026,21 @@ def learning_rate(lr, warmup, schedule, step, done, halvings):
 
 
 class Alone:
-    """What `train` asks of the processes that train together, when there is but one. For several,
-    train_shakespeare.py has the same methods over torch.distributed."""
+    """The processes that train one model together, when there is only one. For several of them
+    train_shakespeare.py has the same class over torch.distributed."""
 
     rank, count = 0, 1
 
-    def replica(self, model):
-        """What runs the model, and leaves the mean gradient of all processes."""
+    def replica(self, model):  # runs the model and leaves the mean gradient of all processes
         return model
 
-    def share(self, tensor, dim=0):
-        """This process's rows of a batch."""
+    def share(self, tensor, dim=0):  # this process's rows of a batch
         return tensor
 
-    def rank_0_says(self, *numbers):
-        """Rank 0's numbers, on every rank: so that all take the same path."""
+    def rank_0_says(self, *numbers):  # rank 0's numbers on every rank, so that all do the same
         return numbers
 
-    def from_all(self, value):
-        """The values of all ranks, on every rank: a list."""
+    def from_all(self, value):  # the values of all ranks on every rank, a list
         return [value]
 
 
