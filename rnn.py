@@ -514,11 +514,11 @@ def evaluating(model):
 
 class Model(nn.Module):
     """What the models share: an embedding, or one-hot vectors, and layers that read them. config:
-    the constructor's locals(); its arguments are kept, so that `load` can make the model again."""
+    the arguments of a model's constructor, kept so that `load` can make the model again."""
 
     def __init__(self, config, padding_idx=None):
         super().__init__()
-        # locals() also holds self, and __class__ where super() is called.
+        # They come as locals(), which also holds self, and __class__ where super() is called.
         self.config = {k: v for k, v in config.items() if k not in ("self", "__class__")}
         self.vocab_size, one_hot = config["vocab_size"], config.get("one_hot")
         self.reads = self.vocab_size if one_hot else config["embed"]  # I of the first layer
@@ -1201,8 +1201,7 @@ def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, ba
     "history" (a list of (step, training loss, val_loss)).
 
     steps or seconds  the length of the whole run with its evaluations, one of the two
-    batch             rows of a batch, of all processes together
-    order             see Batches; "sequential" carries the state from batch to batch
+    batch, order      rows, of all processes together; see Batches
     lr, warmup        AdamW's rate rises for this many steps, then falls
     schedule          how it falls: by a "cosine", to 3 %; or on a "plateau", two evaluations
                       without a new best, to half
@@ -1215,9 +1214,8 @@ def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, ba
     resume            the third result of `load`, with the model of the same `load`: go on there,
                       as if never interrupted if steps or seconds are as before
     notes             a dict that the checkpoints keep
-    stop              a function, asked after every step whether to end the run, in order: then it
-                      evaluates and writes the checkpoints
-    world             several processes that train together, see Alone; all call this alike
+    stop              a function, asked after every step whether to evaluate, keep that and return
+    world             the processes that train together: see Alone
 
     Raises ValueError for bad values, OSError if `out` cannot be written, FloatingPointError when a
     loss or gradient is no longer finite; the last good checkpoint then remains."""
