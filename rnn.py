@@ -1222,6 +1222,7 @@ def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, ba
     options = {"batch": batch, "context": context, "order": order, "lr": lr, "warmup": warmup,
                "schedule": schedule, "weight_decay": weight_decay, "clip": clip, "seed": seed,
                "accumulate": accumulate, "dtype": str(dtype), "symbols": len(train_ids)}
+    batches = Batches(train_ids, batch, context, order, seed)  # the same in every process
     at_least_1 = min(accumulate, evals, 1 if patience is None else patience)
     for fine, message in (
         ((steps is None) != (seconds is None) and (steps or seconds or 0) > 0,
@@ -1241,7 +1242,6 @@ def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, ba
             raise ValueError(message)
 
     world = world or Alone()
-    batches = Batches(train_ids, batch, context, order, seed)  # the same in every process
     optimizer = make_optimizer(model, lr, weight_decay)
     run = Run(model, vocab, batches, val_ids, optimizer, pathlib.Path(out), options, notes, steps,
               seconds, evals, world)
