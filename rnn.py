@@ -972,7 +972,8 @@ def load(path, device="cpu"):
             raise ValueError(f"weights of {len(weights)} tensors for {config['layers']} layers")
         with torch.device("meta"):  # whatever the sizes, this takes no memory: they must fit first
             kind(**config).load_state_dict(weights, assign=True)
-        model = kind(**config)
+        with torch.random.fork_rng(devices=[]):  # initial values are drawn, but not wanted
+            model = kind(**config)
         model.load_state_dict(weights)
         vocab, training = Vocab(content["symbols"], content["words"]), content["training"]
         if len(vocab) != model.vocab_size or not all(isinstance(s, str) for s in vocab.symbols):
@@ -990,11 +991,10 @@ def load(path, device="cpu"):
 
 def make_optimizer(model, lr, weight_decay):
     """AdamW; the weights decay, biases and gains do not."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [{"params": [p for p in model.parameters() if p.dim() > 1]},
+              {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr, (0.9, 0.99), weight_decay=weight_decay, fused=True)
-    for p in matrices + vectors:  # as its first step would: so that checkpoints are all made alike
+    for p in model.parameters():  # as its first step would: so that checkpoints are all made alike
         optimizer.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device),
                               "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     return optimizer
