@@ -1027,7 +1027,7 @@ def learning_rate(lr, warmup, schedule, step, done, halvings):
 
 class Alone:
     """The processes that train one model together, when there is only one. For several of them
-    train_shakespeare.py has the same class over torch.distributed."""
+    train_shakespeare.py has Together, with the same methods over torch.distributed."""
 
     rank, count = 0, 1
 
@@ -1077,7 +1077,7 @@ class Run:
                  seconds, evals, world):
         self.model, self.vocab, self.batches, self.val_ids = model, vocab, batches, val_ids
         self.optimizer, self.out, self.options, self.notes = optimizer, out, options, notes
-        self.length, self.evals, self.world = (steps, seconds), evals, world
+        self.last_step, self.last_second, self.evals, self.world = steps, seconds, evals, world
         # Of this process's rows; a checkpoint has those of all.
         self.state = map_state(lambda s: world.share(s, 1), model.init_state(batches.batch))
         self.step, self.seconds, self.history = 0, 0.0, []  # (step, training loss, held-out loss)
@@ -1088,7 +1088,7 @@ class Run:
 
     def done(self):
         """The part of the run that is over, from 0 to 1."""
-        return self.step / self.length[0] if self.length[0] else self.seconds / self.length[1]
+        return self.step / self.last_step if self.last_step else self.seconds / self.last_second
 
     def begin(self):
         """Write a checkpoint and read it back, for what cannot be kept must show before any work.
@@ -1214,8 +1214,8 @@ def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, ba
     resume            the third result of `load`, with the model of the same `load`: go on there,
                       as if never interrupted if steps or seconds are as before
     notes             a dict that the checkpoints keep
-    stop              a function, asked after every step whether to evaluate, keep that and return
-    world             the processes that train together: see Alone
+    stop              is asked after every step: True ends the run there, evaluated and kept
+    world             the processes that train together; see Alone
 
     Raises ValueError for bad values, OSError if `out` cannot be written, FloatingPointError when a
     loss or gradient is no longer finite; the last good checkpoint then remains."""
