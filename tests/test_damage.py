@@ -318,6 +318,18 @@ def test_a_damaged_run_shows_before_any_work(checkpoint, capsys, change):
     assert "step " not in capsys.readouterr().out and path.read_bytes() == damaged
 
 
+def test_a_damaged_part_is_named(checkpoint):
+    """In rnn.train, with the options of the run itself."""
+    model, vocab, training = rnn.load(checkpoint[0])
+    training["run"]["step"] = "x"
+    options = {**training["options"], "dtype": torch.float32}
+    ids = torch.arange(options.pop("symbols")) % len(vocab)
+    with pytest.raises(ValueError, match="cannot resume: the checkpoint's part 'run' is .*'step': "
+                                         "'str'.*, expected .*'step': 'number'"):
+        rnn.train(model, vocab, ids, ids, "again", steps=40, resume=training, **options)
+    assert not os.path.exists("again")
+
+
 def test_what_is_no_character_model(folder):
     vocab = rnn.Vocab("ab")
     rnn.save("c.pt", rnn.Classifier(2, hidden=4), vocab)
