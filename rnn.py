@@ -1,11 +1,8 @@
 """Recurrent networks in one file: cells, layers, models, training and sampling in pure PyTorch.
 
 `rnn.RNN`, `rnn.LSTM` and `rnn.GRU` take the place of torch.nn's: the same arguments, parameter
-names, gate order, initial values, shapes and results. To be read from top to bottom: the first
-third is the networks, the rest what one does with them. Nothing is needed beside torch.
-
-Contents     cells, layers, the fused LSTM (optional), models, text, evaluation, sampling,
-             checkpoints, training
+names, gate order, initial values, shapes and results. To be read from top to bottom: cells and
+layers, which are the networks; models made of them; then what one does with these.
 
 Dimensions   T  time steps (symbols in a chunk of text)    I  features that a layer reads
              B  batch (sequences side by side)             H  hidden units of a layer
@@ -39,18 +36,15 @@ import copy
 import importlib.util
 import math
 import os
+import pathlib
 import re
-import shutil
-import signal
 import sys
-import threading
 import time
 import warnings
 import zipfile
 from collections import Counter
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
@@ -62,8 +56,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 # a tuple, (h,) or (h, c); and p, the parameters of its layer as attributes by torch's names. It
 # returns a dict of all that it computed, which begins with the new state, in order. So a cell of
 # your own is one short function, and nothing that happens inside is hidden: see `RNNBase.trace`.
-# (Only inside is a state always a tuple. What layers take and return is as in torch.nn: for RNN and
-# GRU the tensor h, for LSTM the tuple (h, c).)
+# (Only inside is a state always a tuple. Layers take and return it as torch.nn's: RNN and GRU as
+# the tensor h, LSTM as the tuple (h, c).)
 
 
 def rnn_step(gx, state, p):
@@ -104,32 +98,6 @@ def original_gru_step(gx, state, p):
     r, z = a.sigmoid().chunk(2, dim=-1)  # 2 x (B, H)
     n = (gx[:, 2 * H :] + F.linear(r * h, p.weight_hh[2 * H :])).tanh()  # (B, H)
     return {"h": (1 - z) * n + z * h, "r": r, "z": z, "n": n}
-
-
-def peephole_step(gx, state, p):
-    """Gers & Schmidhuber 2000: the gates also see the cell state, each unit its own."""
-    h, c = state  # (B, H) each
-    i, f, g, o = (gx + F.linear(h, p.weight_hh, p.bias_hh)).chunk(4, dim=-1)  # 4 x (B, H)
-    see_i, see_f, see_o = p.weight_peep.chunk(3)  # (H,) each
-    i, f, g = (i + see_i * c).sigmoid(), (f + see_f * c).sigmoid(), g.tanh()
-    c = f * c + i * g
-    o = (o + see_o * c).sigmoid()  # sees the new one
-    return {"h": project(o * c.tanh(), p), "c": c, "i": i, "f": f, "g": g, "o": o}
-
-
-def layer_norm_lstm_step(gx, state, p):
-    """Ba et al. 2016: both products are normalized, before the biases are added; so is c' on its
-    way to h', but not on its way to the next step."""
-    h, c = state  # (B, H) each
-    b_ih, b_hh = (0, 0) if p.bias_ih is None else (p.bias_ih, p.bias_hh)
-    # gx is W_ih x + b_ih, but only W_ih x is to be normalized: take b_ih out, add it afterwards.
-    a = F.layer_norm(gx - b_ih, gx.shape[-1:], p.norm_ih) + b_ih + b_hh
-    a = a + F.layer_norm(F.linear(h, p.weight_hh), gx.shape[-1:], p.norm_hh)  # (B, 4H)
-    i, f, g, o = a.chunk(4, dim=-1)  # 4 x (B, H)
-    i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
-    c = f * c + i * g
-    h = o * F.layer_norm(c, c.shape[-1:], p.norm_c, p.bias_c).tanh()
-    return {"h": project(h, p), "c": c, "i": i, "f": f, "g": g, "o": o}
 
 
 def map_state(function, *states):
@@ -187,6 +155,11 @@ FUSED = os.environ.get("RNN_FUSED", "")
 if FUSED not in ("", "0", "1"):
     raise ValueError(f"RNN_FUSED must be 0, 1 or unset, got '{FUSED}'")
 fused = None  # csrc/__init__.py as a module, once it is loaded
+if FUSED != "0":
+    with contextlib.suppress(ModuleNotFoundError):  # there is one once setup.py has been run
+        import rnn_C
+
+        fused = rnn_C.load()  # None, and a warning, if it does not fit this torch or CPU
 
 
 def build():
@@ -199,7 +172,7 @@ def build():
         raise RuntimeError("RNN_FUSED=0 in the environment forbids the fused LSTM")
     source = os.path.join(os.path.dirname(os.path.abspath(__file__)), "csrc", "__init__.py")
     try:
-        # Under the name that the package of setup.py has: whoever asks for rnn_C gets this one.
+        # Under the name that setup.py gives it: whoever asks for rnn_C gets this one.
         spec = importlib.util.spec_from_file_location("rnn_C", source)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
@@ -208,16 +181,6 @@ def build():
     except Exception as error:  # no compiler, no ninja, no csrc/, an error of the compiler
         raise RuntimeError(f"the fused LSTM could not be built: {error}") from error
     fused = module
-
-
-if FUSED != "0" and importlib.util.find_spec("rnn_C"):  # from setup.py
-    try:
-        fused = importlib.import_module("rnn_C")
-        fused.load()
-    except (ImportError, OSError, RuntimeError) as error:
-        fused = None
-        warnings.warn("rnn_C does not fit this Python, torch or CPU, so LSTM runs its plain path; "
-                      f"build it anew with python setup.py develop ({error})", stacklevel=2)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -255,24 +218,19 @@ class RNNBase(nn.Module):
         self.reset_parameters()
 
     def _check_arguments(self):
-        kinds = {"input_size": int, "hidden_size": int, "bias": bool, "batch_first": bool}
-        for name, kind in kinds.items():
-            value = getattr(self, name)
+        for name in ("input_size", "hidden_size", "bias", "batch_first"):
+            kind, value = int if name.endswith("size") else bool, getattr(self, name)
             if not isinstance(value, kind):
                 raise TypeError(f"{name} should be of type {kind.__name__}, "
                                 f"got: {type(value).__name__}")
+        for name in ("input_size", "hidden_size", "num_layers"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be greater than zero, got {getattr(self, name)}")
         p, size = self.dropout, self.proj_size
-        number = isinstance(p, (int, float)) and not isinstance(p, bool)
-        projects = 0 < size < self.hidden_size and isinstance(self, LSTM)
-        for name, fine, wanted in (
-            ("input_size", self.input_size > 0, "must be greater than zero"),
-            ("hidden_size", self.hidden_size > 0, "must be greater than zero"),
-            ("num_layers", self.num_layers > 0, "must be greater than zero"),
-            ("dropout", number and 0 <= p <= 1, "should be a number in range [0, 1]"),
-            ("proj_size", size == 0 or projects, "must be 0, or in an LSTM below hidden_size"),
-        ):
-            if not fine:
-                raise ValueError(f"{name} {wanted}, got {getattr(self, name)}")
+        if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p <= 1:
+            raise ValueError(f"dropout should be a number in range [0, 1], got {p}")
+        if size and not (0 < size < self.hidden_size and isinstance(self, LSTM)):
+            raise ValueError(f"proj_size must be 0, or in an LSTM below hidden_size, got {size}")
         if p and self.num_layers == 1:
             warnings.warn("dropout acts between layers and so needs num_layers greater than 1, "
                           f"but got dropout={p} and num_layers=1", stacklevel=3)
@@ -312,8 +270,9 @@ class RNNBase(nn.Module):
 
     def _as_rows(self, input):
         """The input in the one layout that all that follows knows, rows as for `scan`, (N, I); the
-        rows of each step; and three functions: one gives results the input's layout, one brings
-        (layers * directions, B, H) of a state into the rows' order, one brings it back."""
+        rows of each step; a function that gives rows the input's layout; and two indices into the
+        second dimension of a state: s[:, order] is (layers * directions, B, H) in the rows' order,
+        s[:, back] is what the caller gives and gets."""
         packed = isinstance(input, PackedSequence)
         x, weight = input.data if packed else input, getattr(self, "weight_ih" + self._suffix(0, 0))
         if not packed and x.dim() not in (2, 3):
@@ -327,10 +286,10 @@ class RNNBase(nn.Module):
             raise RuntimeError(f"Expected input.size(-1) {self.input_size} on {weight.device}, "
                                f"got {x.shape[-1]} on {x.device}")
         if packed:
-            order, back = input.sorted_indices, input.unsorted_indices
+            order, back = (slice(None) if index is None else index  # sorted already
+                           for index in (input.sorted_indices, input.unsorted_indices))
             return (x, input.batch_sizes.tolist(), lambda rows: PackedSequence(rows, *input[1:]),
-                    lambda s: s if order is None else s[:, order],
-                    lambda s: s if back is None else s[:, back])
+                    order, back)
         single = x.dim() == 2
         x = x[:, None] if single else x.transpose(0, 1) if self.batch_first else x  # (T, B, I)
         T, B = x.shape[:2]
@@ -341,10 +300,10 @@ class RNNBase(nn.Module):
             y = rows.view(T, B, rows.shape[-1])
             return y[:, 0] if single else y.transpose(0, 1) if self.batch_first else y
 
-        return (x.reshape(T * B, self.input_size), [B] * T, undo,
-                lambda s: s[:, None] if single else s, lambda s: s[:, 0] if single else s)
+        order, back = (None, 0) if single else (slice(None), slice(None))  # None adds a dimension
+        return x.reshape(T * B, self.input_size), [B] * T, undo, order, back
 
-    def _initial_state(self, hx, x, B, arrange, restore):
+    def _initial_state(self, hx, x, B, order, back):
         """hx, checked, or zeros: a tuple of (layers * directions, B, H)."""
         widths = (self.output_size, self.hidden_size)[: self.states]
         zeros = tuple(x.new_zeros(self.num_layers * self.directions, B, width) for width in widths)
@@ -357,15 +316,15 @@ class RNNBase(nn.Module):
                             f"{type(hx).__name__} of {[type(s).__name__ for s in state]}")
         for k, (s, zero) in enumerate(zip(state, zeros)):
             same_type = s.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
-            if s.shape != restore(zero).shape or s.device != x.device or not same_type:
-                raise RuntimeError(f"Expected hidden[{k}] size {tuple(restore(zero).shape)}, "
-                                   f"{x.dtype} on {x.device}, got {list(s.shape)}, {s.dtype} on "
-                                   f"{s.device}")
-        return tuple(arrange(s) for s in state)
+            shape = zero[:, back].shape
+            if s.shape != shape or s.device != x.device or not same_type:
+                raise RuntimeError(f"Expected hidden[{k}] size {tuple(shape)}, {x.dtype} on "
+                                   f"{x.device}, got {list(s.shape)}, {s.dtype} on {s.device}")
+        return tuple(s[:, order] for s in state)
 
     def _run(self, input, hx, keep):
-        x, sizes, undo, arrange, restore = self._as_rows(input)  # (N, I)
-        state = self._initial_state(hx, x, sizes[0], arrange, restore)
+        x, sizes, undo, order, back = self._as_rows(input)  # (N, I)
+        state = self._initial_state(hx, x, sizes[0], order, back)
         ends, traces = [], []
         for k in range(self.num_layers):
             if k > 0 and self.variational:
@@ -382,7 +341,7 @@ class RNNBase(nn.Module):
                 if keep:
                     traces.append({name: undo(rows) for name, rows in steps.items()})
             x = torch.cat(outputs, dim=-1) if self.bidirectional else outputs[0]
-        state = tuple(restore(torch.stack(s)) for s in zip(*ends))  # (layers * directions, B, H)
+        state = tuple(torch.stack(s)[:, back] for s in zip(*ends))  # (layers * directions, B, H)
         if (self.states == 2 and torch.is_autocast_enabled(x.device.type)
                 and x.dtype != torch.float64):  # c is summed in float32, torch.nn.LSTM's is low
             low = torch.get_autocast_dtype(x.device.type)
@@ -397,8 +356,7 @@ class RNNBase(nn.Module):
 
     def _layer(self, k, d):
         """The parameters of layer k in direction d, by their names without suffix."""
-        p = dict(bias_ih=None, bias_hh=None, bias_c=None, weight_hr=None,
-                 nonlinearity=self.nonlinearity)
+        p = dict(bias_ih=None, bias_hh=None, weight_hr=None, nonlinearity=self.nonlinearity)
         for name in self.shapes(1):  # only the names are wanted here
             p[name] = getattr(self, name + self._suffix(k, d))
         return Parameters(**p)
@@ -423,14 +381,11 @@ class RNNBase(nn.Module):
 class RNN(RNNBase):
     step = staticmethod(rnn_step)
 
-    def __init__(self, input_size, hidden_size, num_layers=1, nonlinearity="tanh", bias=True,
-                 batch_first=False, dropout=0.0, bidirectional=False, proj_size=0, device=None,
-                 dtype=None):
+    def __init__(self, input_size, hidden_size, num_layers=1, nonlinearity="tanh", *args, **kwargs):
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select 'tanh' or 'relu'.")
         self.nonlinearity = nonlinearity
-        super().__init__(input_size, hidden_size, num_layers, bias, batch_first, dropout,
-                         bidirectional, proj_size, device, dtype)
+        super().__init__(input_size, hidden_size, num_layers, *args, **kwargs)  # as in RNNBase
 
 
 class LSTM(RNNBase):
@@ -455,28 +410,6 @@ class GRU(RNNBase):
 
 class OriginalGRU(GRU):
     step = staticmethod(original_gru_step)
-
-
-class PeepholeLSTM(LSTM):
-    step = staticmethod(peephole_step)
-
-    def shapes(self, reads):
-        return super().shapes(reads) | {"weight_peep": (3 * self.hidden_size,)}
-
-
-class LayerNormLSTM(LSTM):
-    step = staticmethod(layer_norm_lstm_step)
-
-    def shapes(self, reads):
-        H = self.hidden_size
-        gains = {"norm_ih": (4 * H,), "norm_hh": (4 * H,), "norm_c": (H,)}
-        return super().shapes(reads) | gains | ({"bias_c": (H,)} if self.bias else {})
-
-    def reset_parameters(self):
-        super().reset_parameters()
-        for name, value in self.named_parameters():
-            if name.startswith("norm"):
-                nn.init.ones_(value)
 
 
 class CellBase:
@@ -540,9 +473,11 @@ def initialize(module):
             elif name.startswith("weight_hh"):
                 for block in value.chunk(gates):  # (H, H) each
                     nn.init.orthogonal_(block)
-            elif name.startswith("weight") and value.dim() == 2:  # W_ih, W_hr, a Linear's
-                for block in value.chunk(gates if name.startswith("weight_ih") else 1):
+            elif name.startswith("weight_ih"):
+                for block in value.chunk(gates):  # (H, I) each
                     nn.init.xavier_uniform_(block)
+            elif name.startswith("weight") and value.dim() == 2:  # W_hr; a Linear's
+                nn.init.xavier_uniform_(value)
             if name.startswith("bias_ih") and isinstance(layer, LSTM):
                 nn.init.ones_(value.chunk(4)[1])  # i, f, g, o
     return module
@@ -552,8 +487,7 @@ def initialize(module):
 # Models
 
 
-CELLS = {"rnn": RNN, "lstm": LSTM, "gru": GRU, "original_gru": OriginalGRU,
-         "peephole": PeepholeLSTM, "lnlstm": LayerNormLSTM}
+CELLS = {"rnn": RNN, "lstm": LSTM, "gru": GRU, "original_gru": OriginalGRU}  # and your own
 PAD, BOS, EOS = range(3)  # padding, and before and after a target: the first three symbols of a
 SPECIALS = ["<pad>", "<bos>", "<eos>"]  # vocabulary that has `specials=SPECIALS`
 
@@ -581,11 +515,11 @@ def evaluating(model):
 
 class Model(nn.Module):
     """What the models share: an embedding, or one-hot vectors, and layers that read them. config:
-    the constructor's locals(); its arguments are kept, so that `load` can make the model again."""
+    the arguments of a model's constructor, kept so that `load` can make the model again."""
 
     def __init__(self, config, padding_idx=None):
         super().__init__()
-        # locals() also holds self, and __class__ where super() is called.
+        # They come as locals(), which also holds self, and __class__ where super() is called.
         self.config = {k: v for k, v in config.items() if k not in ("self", "__class__")}
         self.vocab_size, one_hot = config["vocab_size"], config.get("one_hot")
         self.reads = self.vocab_size if one_hot else config["embed"]  # I of the first layer
@@ -940,20 +874,6 @@ def evaluate(model, ids, batch=64, context=256):
     return float(total) / predictions
 
 
-def evaluate_windows(model, ids, window=256, stride=64, batch=64):
-    """The mean loss over windows of a text, each read from no state: one of `window` predictions
-    begins at every `stride`-th symbol. This is nanoGPT's measure (which draws windows at random).
-    A window's first predictions see little of the text, so it is above `evaluate`'s. In nats per
-    symbol. Raises ValueError if not one window fits into ids (L,)."""
-    if len(ids) < window + 1 or window < 1:
-        raise ValueError(f"a text of {len(ids)} symbols has no window of {window} predictions")
-    windows = ids.unfold(0, window + 1, stride)  # (windows, window + 1)
-    with evaluating(model):
-        losses = [cross_entropy(model(rows[:, :-1])[0], rows[:, 1:], reduction="sum").double()
-                  for rows in windows.split(batch)]
-    return float(sum(losses)) / (len(windows) * window)
-
-
 def perplexity(model, ids, batch=64):
     """exp of the exact loss: that of a choice among so many equally likely symbols."""
     return math.exp(evaluate(model, ids, batch))
@@ -1017,7 +937,7 @@ def save(path, model, vocab, **training):
     whatever training needs to go on. It appears whole or not at all: a file of another name is
     written to the end, then renamed, so an earlier checkpoint survives any interruption.
     Raises OSError naming the path when it cannot be written."""
-    content = {"format": "rnn.py 1", "kind": type(model).__name__, "config": model.config,
+    content = {"format": "rnn.py 2", "kind": type(model).__name__, "config": model.config,
                "weights": model.state_dict(), "symbols": vocab.symbols, "words": vocab.words,
                "training": training}
     partial = f"{path}.{os.getpid()}.partial"
@@ -1040,17 +960,14 @@ def load(path, device="cpu"):
     a single bit, or not a checkpoint of this library."""
     try:
         with open(path, "rb") as file:
+            # torch.load compares no checksums, and does not read a part that is marked as a folder.
             archive = zipfile.ZipFile(file)
-            # torch.load compares no checksums, and leaves memory as it happens to be for a part
-            # that is marked as a folder.
-            folders = [part.filename for part in archive.infolist() if part.external_attr & 0x10]
-            wrong = archive.testzip() or "".join(folders[:1])
-            if wrong:
-                raise ValueError(f"its part {wrong} is not what was written")
+            if archive.testzip() or any(p.external_attr & 0x10 for p in archive.infolist()):
+                raise ValueError("a part of it is not what was written")
             file.seek(0)
             content = torch.load(file, map_location="cpu", weights_only=True)
-        if content["format"] != "rnn.py 1":
-            raise ValueError(f"its format is {content['format']!r}, expected 'rnn.py 1'")
+        if content["format"] != "rnn.py 2":
+            raise ValueError(f"its format is {content['format']!r}, expected 'rnn.py 2'")
         kind, config, weights = MODELS[content["kind"]], content["config"], content["weights"]
         if config.get("layers", 0) > len(weights):
             raise ValueError(f"weights of {len(weights)} tensors for {config['layers']} layers")
@@ -1075,10 +992,13 @@ def load(path, device="cpu"):
 
 def make_optimizer(model, lr, weight_decay):
     """AdamW; the weights decay, biases and gains do not."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr, (0.9, 0.99), weight_decay=weight_decay, fused=True)
+    groups = [{"params": [p for p in model.parameters() if p.dim() > 1]},
+              {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr, (0.9, 0.99), weight_decay=weight_decay, fused=True)
+    for p in model.parameters():  # as its first step would: so that checkpoints are all made alike
+        optimizer.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device),
+                              "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    return optimizer
 
 
 def backpropagate(model, x, y, state, accumulate, autocast):
@@ -1106,61 +1026,23 @@ def learning_rate(lr, warmup, schedule, step, done, halvings):
     return lr * min(1.0, (step + 1) / max(warmup, 1)) * fall
 
 
-# Several processes (of torchrun) train one model: each reads its share of every batch's rows, and
-# DistributedDataParallel gives all of them the mean gradient. The clock, Ctrl-C and the held-out
-# text are rank 0's business; it tells the others, so that all always take the same path.
+class Alone:
+    """The processes that train one model together, when there is only one. For several of them
+    train_shakespeare.py has Together, with the same methods over torch.distributed."""
 
+    rank, count = 0, 1
 
-def processes():
-    """This process's rank, and how many there are: 0 and 1 without torch.distributed."""
-    together = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+    def replica(self, model):  # runs the model and leaves the mean gradient of all processes
+        return model
 
+    def share(self, tensor, dim=0):  # this process's rows of a batch
+        return tensor
 
-def rank_0_says(*numbers):
-    """Rank 0's numbers, on every rank."""
-    numbers = torch.tensor(numbers, dtype=torch.float64)
-    if processes()[1] > 1:
-        dist.broadcast(numbers, 0)
-    return numbers.tolist()
+    def rank_0_says(self, *numbers):  # rank 0's numbers on every rank, so that all do the same
+        return numbers
 
-
-def from_all(value):
-    """The values of all ranks, on every rank: a list."""
-    values = [value] * processes()[1]
-    if len(values) > 1:
-        dist.all_gather_object(values, value)
-    return values
-
-
-@contextlib.contextmanager
-def ctrl_c_between_steps():
-    """Ctrl-C leaves a mark, to be looked at between two steps, so that no step is cut in half; a
-    second one interrupts at once. Only the main thread can do this; in others nothing changes."""
-    pressed = []
-
-    def handler(number, frame):
-        if pressed:
-            raise KeyboardInterrupt
-        pressed.append(number)
-
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, handler) if main else None
-    try:
-        yield pressed
-    finally:
-        if main:
-            signal.signal(signal.SIGINT, before)
-
-
-def say(line, passing=False):
-    """Print a line, on rank 0. On a terminal the next one takes the place of a passing one."""
-    terminal = sys.stdout.isatty()
-    if terminal:
-        width = shutil.get_terminal_size().columns - 1
-        line = f"{line:<{width}}"[:width]
-    if processes()[0] == 0:
-        print(line, end="\r" if passing and terminal else "\n", flush=True)
+    def from_all(self, value):  # the values of all ranks on every rank, a list
+        return [value]
 
 
 def measures(loss):
@@ -1168,79 +1050,86 @@ def measures(loss):
     return f"loss {loss:.4f} ppl {math.exp(min(loss, 99)):.2f} bpc {loss / math.log(2):.3f}"
 
 
+def made_of(value):
+    """What a value is made of, all the way down: keys, types, the shapes of tensors."""
+    if isinstance(value, torch.Tensor):
+        return f"{'floats' if value.is_floating_point() else 'integers'} {tuple(value.shape)}"
+    if isinstance(value, dict):
+        return {key: made_of(entry) for key, entry in value.items()}
+    if isinstance(value, tuple):
+        return tuple(made_of(entry) for entry in value)
+    return "number" if isinstance(value, (int, float)) else type(value).__name__
+
+
 def check_stored(name, stored, like):
-    """Raises ValueError unless what a checkpoint stored is made as `like` is: of the same types,
-    keys and shapes, all the way down. In `like` None fits anything, {} any dict, [] any list."""
-    number = isinstance(like, (int, float))
-    fits = like is None or isinstance(stored, (int, float) if number else type(like))
-    if fits and isinstance(like, torch.Tensor):
-        fits = stored.shape == like.shape and stored.is_floating_point() == like.is_floating_point()
-    if fits and isinstance(like, dict) and like:
-        fits = stored.keys() == like.keys()
-    if fits and isinstance(like, tuple):
-        fits = len(stored) == len(like)
-    if not fits:
-        found, expected = (tuple(v.shape) if isinstance(v, torch.Tensor) else v
-                           for v in (stored, like))
-        raise ValueError(f"cannot resume: the checkpoint's {name} is {found!r:.200}, expected "
-                         f"something like {expected!r:.200}")
-    for key in like if isinstance(like, dict) else range(len(like)) if type(like) is tuple else ():
-        check_stored(f"{name}[{key!r}]", stored[key], like[key])
+    """Raises ValueError unless a part of a checkpoint is made as `like` is."""
+    found, expected = made_of(stored), made_of(like)
+    if found != expected:
+        raise ValueError(f"cannot resume: the checkpoint's part '{name}' is {found}, expected "
+                         f"{expected}")
 
 
 class Run:
-    """The state of a training run: what it has reached, and checkpoints of it."""
+    """The state of a training run between two steps, and checkpoints of it."""
 
-    KEPT = ("step", "seconds", "halvings", "best", "stale", "history")
+    KEPT = ("step", "seconds", "history", "best", "stale", "halvings")
 
     def __init__(self, model, vocab, batches, val_ids, optimizer, out, options, notes, steps,
-                 seconds, evals):
+                 seconds, evals, world):
         self.model, self.vocab, self.batches, self.val_ids = model, vocab, batches, val_ids
         self.optimizer, self.out, self.options, self.notes = optimizer, out, options, notes
-        self.length, self.evals = (steps, seconds), evals
-        self.state = model.init_state(batches.batch // processes()[1])  # of this process's rows
-        self.step, self.seconds, self.history = 0, 0.0, []
-        self.best, self.best_weights = math.inf, None  # the lowest held-out loss
+        self.last_step, self.last_second, self.evals, self.world = steps, seconds, evals, world
+        # Of this process's rows; a checkpoint has those of all.
+        self.state = map_state(lambda s: world.share(s, 1), model.init_state(batches.batch))
+        self.step, self.seconds, self.history = 0, 0.0, []  # (step, training loss, held-out loss)
+        self.best, self.best_weights = math.inf, model.state_dict()  # lowest held-out loss
         self.stale = self.halvings = 0  # evaluations since then; how often they halved the rate
         self.window, self.busy = [], 0.0  # losses and norms since the last report; seconds training
         self.ending = False
 
     def done(self):
         """The part of the run that is over, from 0 to 1."""
-        steps, seconds = self.length
-        return self.step / steps if steps else self.seconds / seconds
+        return self.step / self.last_step if self.last_step else self.seconds / self.last_second
 
-    def start(self):
-        """Start the clock."""
+    def begin(self):
+        """Write a checkpoint and read it back, for what cannot be kept must show before any work.
+        Then start the clock."""
+        if self.world.rank == 0:
+            self.out.mkdir(parents=True, exist_ok=True)
+            for partial in self.out.glob("*.pt.*.partial"):  # of runs that were killed
+                partial.unlink()
+        self.keep("last.pt")
+        if self.world.rank == 0:
+            load(self.out / "last.pt")
         self.since = time.perf_counter()
         self.began = self.since - self.seconds
-        (self.pause,) = rank_0_says(1 if sys.stdout.isatty() else 10)  # seconds between reports
 
-    def after_step(self, loss, norm, pressed):
-        """Count a step, and report, evaluate and write checkpoints when it is time to. pressed:
-        whether Ctrl-C was."""
+    def after_step(self, loss, norm, stopped):
+        """Count a step, and report, evaluate and write checkpoints when it is time to. stopped:
+        whether the run is to end now."""
         self.window.append(torch.stack((loss, norm)))  # read later: do not wait for a GPU here
         past, now = self.done(), time.perf_counter()
         self.step += 1
-        self.seconds, took, self.ending = rank_0_says(now - self.began, now - self.since, pressed)
+        self.seconds, took, self.ending = self.world.rank_0_says(now - self.began,
+                                                                 now - self.since, stopped)
         # One evaluation is due after each evals-th part of the run; 3 * (1 / 3) may be below 1.
         due = int(self.done() * self.evals + 1e-9) > int(past * self.evals + 1e-9)
-        if not (due or self.ending or took > self.pause):
+        if not (due or self.ending or took > 5):
             return
         loss = self.report(took)
-        if self.ending:
-            self.keep("last.pt")  # before an evaluation that uninterrupted runs do not make
-        if due or self.ending:
-            self.measure(loss)
         if due:
+            self.measure(loss)
             self.keep("last.pt")
+        elif self.ending:
+            self.keep("last.pt")  # before an evaluation that uninterrupted runs do not make
+            self.measure(loss)
         self.window, self.since, self.busy = [], time.perf_counter(), self.busy + took
 
     def report(self, took):
         """Print a line on the steps of the last `took` seconds. Returns their mean loss; raises
         FloatingPointError if it or a gradient's norm is not finite."""
         losses, norms = torch.stack(self.window).cpu().unbind(1)  # (steps,) each
-        losses = from_all(float(losses.mean()))  # of each process's rows
+        losses = self.world.from_all(float(losses.mean()))  # of each process's rows
         loss, norm = sum(losses) / len(losses), float(norms.max())
         if not math.isfinite(loss + norm):
             raise FloatingPointError(
@@ -1250,19 +1139,21 @@ class Run:
         note = " gradient vanishes" if float(norms.min()) < 1e-6 else note
         speed = len(self.window) * self.options["batch"] * self.options["context"] / took
         left = max(0, self.seconds * (1 / self.done() - 1))
-        say(f"step {self.step:,} ({left:.0f} s left) {measures(loss)} grad {norm:.2g} "
-            f"{speed:,.0f} chars/s{note}", passing=True)
+        if self.world.rank == 0:
+            print(f"step {self.step:,} ({left:.0f} s left) {measures(loss)} grad {norm:.2g} "
+                  f"{speed:,.0f} chars/s{note}", flush=True)
         return loss
 
     def measure(self, loss):
         """Evaluate, and keep the model if it is the best so far."""
-        context = min(256, max(1, 2**28 // (64 * len(self.vocab))))  # 1 GiB of logits at most
-        first = processes()[0] == 0
-        (value,) = rank_0_says(evaluate(self.model, self.val_ids, 64, context) if first else 0.0)
+        value, context = 0.0, min(256, max(1, 2**28 // (64 * len(self.vocab))))  # 1 GiB of logits
+        if self.world.rank == 0:
+            value = evaluate(self.model, self.val_ids, 64, context)
+            print(f"step {self.step:,} held-out {measures(value)}", flush=True)
+        (value,) = self.world.rank_0_says(value)
         if not math.isfinite(value):
             raise FloatingPointError(f"training stopped at step {self.step}: held-out loss "
                                      f"{value}; the last checkpoint remains")
-        say(f"step {self.step:,} held-out {measures(value)}")
         self.history.append((self.step, loss, value))
         self.stale = 0 if value < self.best else self.stale + 1
         self.halvings += self.stale > 0 and self.stale % 2 == 0
@@ -1271,62 +1162,47 @@ class Run:
             self.keep("best.pt")
 
     def content(self):
-        """All that is needed to go on from this moment, of all processes: so any number can."""
-        random = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
-        states, randoms = zip(*from_all((map_state(torch.Tensor.cpu, self.state), random)))
-        return {"run": {name: getattr(self, name) for name in self.KEPT}, "notes": self.notes,
-                "options": self.options, "best": self.best_weights, "random": list(randoms),
+        """All that is needed to go on from this moment, in any number of processes."""
+        states = self.world.from_all(map_state(torch.Tensor.cpu, self.state))
+        return {"run": {name: getattr(self, name) for name in self.KEPT}, "best": self.best_weights,
                 "state": map_state(lambda *s: torch.cat(s, dim=1), *states),
                 "optimizer": self.optimizer.state_dict(), "batches": self.batches.state_dict()}
 
     def keep(self, name):
         """Write a checkpoint."""
         content = self.content()
-        if processes()[0] == 0:
-            save(os.path.join(self.out, name), self.model, self.vocab, **content)
+        if self.world.rank == 0:
+            save(self.out / name, self.model, self.vocab, options=self.options, notes=self.notes,
+                 **content)
 
     def resume(self, kept):
-        """Go on from what `content` returned. What is missing or damaged shows now, not later."""
-        like, part = self.content(), "training part"
-        check_stored(part, kept, {**dict.fromkeys(like), "options": self.options})
+        """Go on from what a checkpoint kept. What is missing or damaged shows now, not later."""
+        kept = copy.deepcopy(kept) if isinstance(kept, dict) else {}
+        check_stored("options", kept.get("options"), self.options)
         wrong = [f"{name}={self.options[name]} (it was {old})"
                  for name, old in kept["options"].items() if self.options[name] != old]
         if wrong:
             raise ValueError("a run cannot be resumed with other values: " + ", ".join(wrong))
-        check_stored(part, kept, {**like, "notes": None, "random": []})
-        for random in kept["random"] or [None]:
-            check_stored(f"{part}['random']", random, {**like["random"][0], "cuda": []})
-        if kept["best"] is not None:
-            check_stored("best", kept["best"], self.model.state_dict())
-        if kept["run"]["step"] > 0:
-            moments = {k: {"step": torch.tensor(0.0), "exp_avg": p, "exp_avg_sq": p}
-                       for k, p in enumerate(p.detach() for group in self.optimizer.param_groups
-                                             for p in group["params"])}
-            check_stored("optimizer", kept["optimizer"]["state"], moments)
+        for part, like in self.content().items():
+            check_stored(part, kept.get(part), like)
         for name in self.KEPT:
-            setattr(self, name, copy.deepcopy(kept["run"][name]))
+            setattr(self, name, kept["run"][name])
         self.best_weights, device = kept["best"], self.batches.ids.device
-        rank, count = processes()
-        self.state = map_state(lambda s: s.chunk(count, dim=1)[rank].to(device), kept["state"])
+        self.state = map_state(lambda s: self.world.share(s.to(device), 1), kept["state"])
         self.optimizer.load_state_dict(kept["optimizer"])
         self.batches.load_state_dict(kept["batches"])
-        if rank < len(kept["random"]):  # a process more than there were begins with its own seed
-            random = kept["random"][rank]
-            torch.set_rng_state(random["cpu"])
-            torch.cuda.set_rng_state_all(random["cuda"][: torch.cuda.device_count()])
 
 
 def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, batch=32,
           context=64, order="sequential", lr=4e-3, warmup=20, schedule="cosine",
           weight_decay=0.01, clip=1.0, accumulate=1, dtype=torch.float32, seed=0, evals=10,
-          patience=None, resume=None, notes=None):
+          patience=None, resume=None, notes=None, stop=None, world=None):
     """Train a CharLM by truncated BPTT on ids (N,). Returns a dict: "val_loss" (nats per symbol, of
     the best checkpoint, whose weights the model then has), "step", "seconds", "chars_per_s",
     "history" (a list of (step, training loss, val_loss)).
 
     steps or seconds  the length of the whole run with its evaluations, one of the two
-    batch             rows of a batch, of all processes together
-    order             see Batches; "sequential" carries the state from batch to batch
+    batch, order      rows, of all processes together; see Batches
     lr, warmup        AdamW's rate rises for this many steps, then falls
     schedule          how it falls: by a "cosine", to 3 %; or on a "plateau", two evaluations
                       without a new best, to half
@@ -1339,17 +1215,15 @@ def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, ba
     resume            the third result of `load`, with the model of the same `load`: go on there,
                       as if never interrupted if steps or seconds are as before
     notes             a dict that the checkpoints keep
+    stop              is asked after every step: True ends the run there, evaluated and kept
+    world             the processes that train together; see Alone
 
-    Ctrl-C ends the run after the step, evaluates and writes the checkpoints. Processes for which
-    torch.distributed has been initialized, with a backend that serves the CPU too, train together;
-    all call this alike.
     Raises ValueError for bad values, OSError if `out` cannot be written, FloatingPointError when a
     loss or gradient is no longer finite; the last good checkpoint then remains."""
-    rank, count = processes()
     options = {"batch": batch, "context": context, "order": order, "lr": lr, "warmup": warmup,
                "schedule": schedule, "weight_decay": weight_decay, "clip": clip, "seed": seed,
                "accumulate": accumulate, "dtype": str(dtype), "symbols": len(train_ids)}
-    batches = Batches(train_ids, batch, context, order, seed)  # the same on every rank
+    batches = Batches(train_ids, batch, context, order, seed)  # the same in every process
     at_least_1 = min(accumulate, evals, 1 if patience is None else patience)
     for fine, message in (
         ((steps is None) != (seconds is None) and (steps or seconds or 0) > 0,
@@ -1361,7 +1235,6 @@ def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, ba
         (at_least_1 >= 1 and warmup >= 0 and clip > 0,
          "accumulate, evals, patience must be at least 1, warmup at least 0, clip above 0; got "
          f"{accumulate=} {evals=} {patience=} {warmup=} {clip=}"),
-        (batch % count == 0, f"batch must be a multiple of the {count} processes, got {batch}"),
         (2 <= len(vocab) == model.vocab_size and len(val_ids) >= 2,
          "training needs two different symbols, a model for just as many, and two symbols to "
          f"evaluate on; got {len(vocab)}, {model.vocab_size} and {len(val_ids)}"),
@@ -1369,40 +1242,32 @@ def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, ba
         if not fine:
             raise ValueError(message)
 
-    torch.manual_seed(seed + rank)  # each drops units of its own
+    world = world or Alone()
     optimizer = make_optimizer(model, lr, weight_decay)
-    run = Run(model, vocab, batches, val_ids, optimizer, out, options, notes, steps, seconds, evals)
+    run = Run(model, vocab, batches, val_ids, optimizer, pathlib.Path(out), options, notes, steps,
+              seconds, evals, world)
     if resume is not None:
         run.resume(resume)
-    if rank == 0:
-        os.makedirs(out, exist_ok=True)
-        for name in os.listdir(out):  # half-written files of runs that were killed
-            if re.fullmatch(r"(best|last)\.pt\.\d+\.partial", name):
-                os.unlink(os.path.join(out, name))
-    run.keep("last.pt")  # at once, and read back: what cannot be kept must show before any work
-    if rank == 0:
-        load(os.path.join(out, "last.pt"))
     model.train()
-    replica = nn.parallel.DistributedDataParallel(model) if count > 1 else model
+    replica = world.replica(model)
     autocast = torch.autocast(train_ids.device.type, dtype, enabled=dtype != torch.float32)
     first_step = run.step
-    run.start()
-    with ctrl_c_between_steps() as pressed:
-        while run.done() < 1 and not run.ending and run.stale != patience:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(lr, warmup, schedule, run.step, run.done(),
-                                            run.halvings)
-            x, y = (part.chunk(count)[rank] for part in batches.next())  # (B / count, T) each
-            if not batches.carries_state:
-                run.state = model.init_state(len(x))
-            optimizer.zero_grad()
-            loss, run.state = backpropagate(replica, x, y, run.state, accumulate, autocast)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
-            optimizer.step()
-            run.after_step(loss, norm, bool(pressed))
+    run.begin()
+    while run.done() < 1 and not run.ending and run.stale != patience:
+        # What a step drops follows from its number, so a resumed run drops the same.
+        torch.manual_seed(seed + 1000 * run.step + world.rank)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(lr, warmup, schedule, run.step, run.done(), run.halvings)
+        x, y = (world.share(part) for part in batches.next())  # (B, T) each
+        if not batches.carries_state:
+            run.state = model.init_state(len(x))
+        optimizer.zero_grad()
+        loss, run.state = backpropagate(replica, x, y, run.state, accumulate, autocast)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        run.after_step(loss, norm, stop is not None and stop())
 
-    if run.best_weights:
-        model.load_state_dict(run.best_weights)
+    model.load_state_dict(run.best_weights)
     return {"val_loss": run.best, "step": run.step, "seconds": run.seconds,
             "chars_per_s": (run.step - first_step) * batch * context / max(run.busy, 1e-9),
             "history": run.history}

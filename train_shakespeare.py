@@ -12,6 +12,7 @@ early but in order. All flags: --help.
 """
 
 import argparse
+import contextlib
 import hashlib
 import html
 import http.client
@@ -22,8 +23,10 @@ import math
 import os
 import pathlib
 import re
+import signal
 import sys
 import tempfile
+import threading
 import urllib.request
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -34,6 +37,7 @@ MODEL = {"cell": "lstm", "layers": 1, "hidden": 512, "embed": 64, "dropout": 0.5
          "embed_dropout": 0.15, "variational": True}
 TRAINING = {"batch": 32, "context": 64, "lr": 5e-3, "weight_decay": 0.05, "seed": 1,
             "dtype": None}  # see fast_dtype
+LENGTH = {"steps": 0, "seconds": 180.0}  # one of them is 0
 
 
 # ----------------------------------------------------------------------------------------------
@@ -336,6 +340,80 @@ show(views[0]);
 """
 
 # ----------------------------------------------------------------------------------------------
+# Around the training: several processes, Ctrl-C, nanoGPT's measure
+
+
+class Together:
+    """The processes of torchrun train one model; the same methods as `rnn.Alone`. Each reads its
+    share of every batch's rows, and DistributedDataParallel gives all of them the mean gradient.
+    The clock, Ctrl-C and the held-out text are rank 0's business; it tells the others. Takes
+    torch.distributed, initialized, with a backend that serves the CPU too."""
+
+    def __init__(self):
+        import torch.distributed as dist
+
+        self.dist, self.rank, self.count = dist, dist.get_rank(), dist.get_world_size()
+
+    def replica(self, model):
+        import torch
+
+        return torch.nn.parallel.DistributedDataParallel(model)
+
+    def share(self, tensor, dim=0):
+        rows = tensor.shape[dim]
+        if rows % self.count:
+            raise ValueError(f"batch must be a multiple of the {self.count} processes, got {rows}")
+        return tensor.chunk(self.count, dim)[self.rank]
+
+    def rank_0_says(self, *numbers):
+        import torch
+
+        numbers = torch.tensor(numbers, dtype=torch.float64)
+        self.dist.broadcast(numbers, 0)
+        return numbers.tolist()
+
+    def from_all(self, value):
+        values = [None] * self.count
+        self.dist.all_gather_object(values, value)
+        return values
+
+
+@contextlib.contextmanager
+def ctrl_c_between_steps():
+    """Ctrl-C leaves a mark, to be looked at between two steps, so that no step is cut in half; a
+    second one interrupts at once. Only the main thread can do this; in others nothing changes.
+    Yields a function that says whether there is a mark."""
+    pressed = []
+
+    def handler(number, frame):
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, handler) if main else None
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, before)
+
+
+def evaluate_windows(rnn, model, ids, window=256, stride=64, batch=64):
+    """The mean loss over windows of a text, each read from no state: one of `window` predictions
+    begins at every `stride`-th symbol. This is nanoGPT's measure (which draws windows at random).
+    A window's first predictions see little of the text, so it is above `rnn.evaluate`'s. In nats
+    per symbol. Raises ValueError if not one window fits into ids (L,)."""
+    if len(ids) < window + 1 or window < 1:
+        raise ValueError(f"a text of {len(ids)} symbols has no window of {window} predictions")
+    windows = ids.unfold(0, window + 1, stride)  # (windows, window + 1)
+    with rnn.evaluating(model):
+        losses = [rnn.cross_entropy(model(rows[:, :-1])[0], rows[:, 1:], reduction="sum").double()
+                  for rows in windows.split(batch)]
+    return float(sum(losses)) / (len(windows) * window)
+
+
+# ----------------------------------------------------------------------------------------------
 # The job
 
 
@@ -413,16 +491,10 @@ def fast_dtype(device):
     return "bfloat16" if fast else "float32"
 
 
-def once(make):
+def once(world, make):
     """What `make` returns. Of several processes only rank 0 calls it, and tells the others, which
     wait: so there is one download, one compilation, and one text for all."""
-    import torch.distributed as dist
-
-    if not (dist.is_available() and dist.is_initialized()):
-        return make()
-    made = [make() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(made)
-    return made[0]
+    return world.from_all(make() if world.rank == 0 else None)[0]
 
 
 def first_line(error):
@@ -461,25 +533,26 @@ def only_sample(rnn, args, device):
     write(rnn, model, vocab, args, args.length, sys.stdout)
 
 
-def train(rnn, args, device):
+def train(rnn, args, device, world):
     import torch
 
     resumed, stored = None, {}
     if args.resume:
         model, vocab, resumed = rnn.load(args.resume, device)
-        notes = {**TRAINING, "steps": None, "seconds": None, "sha256": ""}
-        rnn.check_stored(f"{args.resume}: notes", resumed.get("notes"), notes)
+        notes = {**TRAINING, **LENGTH, "dtype": "", "sha256": ""}
+        rnn.check_stored("notes", resumed.get("notes"), notes)
         stored = {**model.config, **resumed["notes"]}
     settings = settle(args, {**MODEL, **TRAINING}, stored, args.resume)
     model_settings = {name: settings.pop(name) for name in MODEL}
-    if once(lambda: build_fused(rnn, model_settings["cell"])) and not rnn.fused:
+    if once(world, lambda: build_fused(rnn, model_settings["cell"])) and not rnn.fused:
         rnn.build()  # takes what rank 0 has compiled
     settings["dtype"] = settings["dtype"] or fast_dtype(device)
-    length = {"steps": args.steps, "seconds": args.seconds}
-    if args.steps is None and args.seconds is None:
-        length = {name: stored.get(name) for name in length} if stored else {"seconds": 180.0}
+    length = {"steps": args.steps or 0, "seconds": args.seconds or 0}
+    if not any(length.values()):
+        length = {name: stored.get(name, default) for name, default in LENGTH.items()}
 
-    text, name = once(lambda: (read_text(args.data), args.data) if args.data else shakespeare())
+    text, name = once(world, lambda: (read_text(args.data), args.data) if args.data
+                      else shakespeare())
     digest = hashlib.sha256(text.encode("utf-8")).hexdigest()
     if stored.get("sha256", digest) != digest:
         raise ValueError(f"{args.resume} was trained on a text with sha256 {stored['sha256']}, "
@@ -496,22 +569,24 @@ def train(rnn, args, device):
     with torch.autocast(ids.device.type, dtype, enabled=dtype != torch.float32):
         served = rnn.fused and rnn.fused.can_run(torch.empty(0, device=device))
     path = "fused" if served and model_settings["cell"] == "lstm" else "plain"
-    rank, count = rnn.processes()
-    if rank == 0:
+    notes = {**settings, **length, "sha256": digest}
+    length = {name: value for name, value in length.items() if value}
+    if world.rank == 0:
         print(f"text: {name}, {len(ids):,} characters, {len(vocab)} symbols, sha256 {digest}\n"
               f"model: {params:,} parameters, {model_settings}, on {device}, {path} path\n"
-              f"training: {settings}, {length}" + (f", {count} processes" if count > 1 else ""),
-              flush=True)
+              f"training: {settings}, {length}"
+              + (f", {world.count} processes" if world.count > 1 else ""), flush=True)
 
     out = args.out or (os.path.dirname(args.resume) or "." if args.resume else "out")
-    evals = 10 if length.get("steps") else min(10, max(1, int(length["seconds"] / 30)))
-    result = rnn.train(model, vocab, train_ids, val_ids, out, evals=evals, resume=resumed,
-                       notes={**settings, **length, "sha256": digest},
-                       **{**settings, **length, "dtype": dtype})
-    if rank > 0:
+    evals = 10 if "steps" in length else min(10, max(1, int(length["seconds"] / 30)))
+    with ctrl_c_between_steps() as pressed:
+        result = rnn.train(model, vocab, train_ids, val_ids, out, evals=evals, resume=resumed,
+                           notes=notes, stop=pressed, world=world,
+                           **{**settings, **length, "dtype": dtype})
+    if world.rank > 0:
         return
     loss, window = result["val_loss"], min(256, len(val_ids) - 1)
-    windowed = rnn.evaluate_windows(model, val_ids, window)
+    windowed = evaluate_windows(rnn, model, val_ids, window)
     print(f"final val_loss={loss:.4f} nats bpc={loss / math.log(2):.4f} "
           f"ppl={math.exp(loss):.3f} chars_per_s={result['chars_per_s']:.0f} "
           f"seconds={result['seconds']:.1f} params={params} windows_of_{window}={windowed:.4f}")
@@ -538,14 +613,14 @@ def main(argv=None):
     if args.sample:
         return only_sample(rnn, args, device)
     if on_its_own:
-        return train(rnn, args, device)
+        return train(rnn, args, device, rnn.Alone())
     # DistributedDataParallel imports this module. If it does so later, its functions' defaults
     # keep the process group, whose threads would then live on and can abort the exit.
     import torch.distributed.nn
 
     on_gpu = device.startswith("cuda")
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
-    train(rnn, args, device)
+    train(rnn, args, device, Together())
     torch.distributed.barrier()  # none leaves while another still talks to it
     torch.distributed.destroy_process_group()
 

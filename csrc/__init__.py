@@ -78,16 +78,22 @@ def cuda_flags():
 
 
 def load():
-    """The operators that setup.py has compiled. Raises ImportError if there are none, or if they
-    are for another Python, torch or CPU."""
-    if has_cuda is not None:  # rnn.py is being reloaded
-        return
-    name = f"rnn_C.{library()}"
-    if not importlib.machinery.PathFinder.find_spec(name, [FOLDER]):
-        raise ImportError(f"for this torch, {torch.__version__}, and this CPU it would be {name}, "
-                          f"which is not in {FOLDER}")
-    importlib.import_module(name)
-    _register_shapes()
+    """Load the operators that setup.py has compiled. Returns this module; or None, after a warning,
+    if there are none or they are for another Python, torch or CPU."""
+    if has_cuda is None:  # else rnn.py is being reloaded
+        name = f"rnn_C.{library()}"
+        try:
+            if not importlib.machinery.PathFinder.find_spec(name, [FOLDER]):
+                raise ImportError(f"for this torch, {torch.__version__}, and this CPU it would be "
+                                  f"{name}, which is not in {FOLDER}")
+            importlib.import_module(name)
+        except (ImportError, OSError, RuntimeError) as error:
+            warnings.warn("rnn_C does not fit this Python, torch or CPU, so LSTM runs its plain "
+                          f"path; build it anew with python setup.py develop ({error})",
+                          stacklevel=3)
+            return None
+        _register_shapes()
+    return sys.modules[__name__]
 
 
 def compile_and_load():

@@ -295,8 +295,7 @@ def put(value, *keys):
 
 
 @pytest.mark.parametrize("change", [
-    *(drop(name) for name in ("options", "run", "best", "notes", "state", "optimizer", "batches",
-                              "random")),
+    *(drop(name) for name in ("options", "run", "best", "notes", "state", "optimizer", "batches")),
     drop("run", "step"), put("x", "run", "step"), put(None, "run"), put([], "notes"),
     drop("notes", "sha256"), put("4", "notes", "batch"), put(torch.zeros(3), "state"),
     put((torch.zeros(1, 4, 5),) * 2, "state"), put({}, "best"), put({"x": 1}, "best"),
@@ -304,8 +303,10 @@ def put(value, *keys):
     put({}, "optimizer", "state"), put(torch.zeros(1), "optimizer", "state", 0, "exp_avg"),
     drop("optimizer", "state", 1), put([], "optimizer", "param_groups"),
     put("x", "batches", "position"), put(torch.zeros(1), "batches", "random"),
-    put(torch.zeros(5, dtype=torch.uint8), "random", 0, "cpu"), put({}, "random"),
-    put([], "random"), drop("options", "lr"), lambda training: training.clear()])
+    put(torch.zeros(5, dtype=torch.uint8), "batches", "random"), put([], "batches"),
+    put("x", "run", "best"), put(3, "run", "history"), put("x", "notes", "steps"),
+    put(None, "best"), drop("options", "lr"), put(None, "options"),
+    lambda training: training.clear()])
 def test_a_damaged_run_shows_before_any_work(checkpoint, capsys, change):
     path, _ = checkpoint
     content = torch.load(path, weights_only=True)
@@ -318,6 +319,18 @@ def test_a_damaged_run_shows_before_any_work(checkpoint, capsys, change):
     assert "step " not in capsys.readouterr().out and path.read_bytes() == damaged
 
 
+def test_a_damaged_part_is_named(checkpoint):
+    """In rnn.train, with the options of the run itself."""
+    model, vocab, training = rnn.load(checkpoint[0])
+    training["run"]["step"] = "x"
+    options = {**training["options"], "dtype": torch.float32}
+    ids = torch.arange(options.pop("symbols")) % len(vocab)
+    with pytest.raises(ValueError, match="cannot resume: the checkpoint's part 'run' is .*'step': "
+                                         "'str'.*, expected .*'step': 'number'"):
+        rnn.train(model, vocab, ids, ids, "again", steps=40, resume=training, **options)
+    assert not os.path.exists("again")
+
+
 def test_what_is_no_character_model(folder):
     vocab = rnn.Vocab("ab")
     rnn.save("c.pt", rnn.Classifier(2, hidden=4), vocab)
@@ -325,7 +338,7 @@ def test_what_is_no_character_model(folder):
     with pytest.raises(ValueError, match="c.pt is a Classifier"):
         main("--sample", "c.pt")
     for name in ("c.pt", "young.pt"):
-        with pytest.raises(ValueError, match=f"cannot resume: the checkpoint's {name}: notes"):
+        with pytest.raises(ValueError, match="the checkpoint's part 'notes' is NoneType, expected"):
             main("--resume", name, "--data", "text.txt")
     for resume in ({}, 3, [1]):
         with pytest.raises(ValueError, match="cannot resume"):

@@ -10,6 +10,7 @@ import warnings
 
 import pytest
 import torch
+from cells import ClearLSTM, LayerNormLSTM, PeepholeLSTM
 from conftest import KINDS
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
@@ -267,7 +268,7 @@ ALL_LAYERS = [pytest.param(getattr(rnn, cls), more, id=kind)
               for kind, (cls, more) in KINDS.items()]
 ALL_LAYERS += [pytest.param(rnn.OriginalGRU, {}, id="original_gru")]
 ALL_LAYERS += [pytest.param(cls, more, id=f"{cls.__name__}{'_proj' if more else ''}")
-               for cls in (rnn.PeepholeLSTM, rnn.LayerNormLSTM) for more in ({}, {"proj_size": 3})]
+               for cls in (PeepholeLSTM, LayerNormLSTM) for more in ({}, {"proj_size": 3})]
 
 
 @pytest.mark.parametrize("cls,more", ALL_LAYERS)
@@ -342,25 +343,6 @@ def test_trace_shows_every_state_and_gate(layout):
     assert torch.autograd.grad(sum(flat(traces[0]["f"])).sum(), x)[0].abs().sum() > 0
 
 
-def clear_lstm_step(gx, state, p):
-    """An LSTM as it is written on paper: for each gate its own matrices and its own product."""
-    h, c = state
-    (xi, xf, xg, xo), (wi, wf, wg, wo) = gx.chunk(4, -1), p.weight_hh.chunk(4)
-    bi, bf, bg, bo = (0,) * 4 if p.bias_hh is None else p.bias_hh.chunk(4)
-    i = torch.sigmoid(xi + h @ wi.T + bi)
-    f = torch.sigmoid(xf + h @ wf.T + bf)
-    g = torch.tanh(xg + h @ wg.T + bg)
-    o = torch.sigmoid(xo + h @ wo.T + bo)
-    c = f * c + i * g
-    return {"h": rnn.project(o * torch.tanh(c), p), "c": c, "i": i, "f": f, "g": g, "o": o}
-
-
-class ClearLSTM(rnn.LSTM):
-    """A cell of one's own: a function and two lines."""
-
-    step = staticmethod(clear_lstm_step)
-
-
 def with_weights_of(layer, other):
     """The same values where both have a parameter; returns layer."""
     layer.load_state_dict(other.state_dict(), strict=False)
@@ -378,7 +360,7 @@ def test_four_products_equal_one(options, layout):
 
 def test_a_peephole_that_sees_nothing_is_an_lstm():
     options = dict(bidirectional=True, proj_size=3, dtype=torch.float64)
-    layer, plain = rnn.PeepholeLSTM(I, H, 2, **options), rnn.LSTM(I, H, 2, **options)
+    layer, plain = PeepholeLSTM(I, H, 2, **options), rnn.LSTM(I, H, 2, **options)
     with_weights_of(layer, plain)
     for name, value in layer.named_parameters():
         if "peep" in name:
@@ -396,8 +378,8 @@ def test_peephole_and_layer_norm_are_the_papers_():
     def normal(a):
         return (a - a.mean()) / (a.var(correction=0) + 1e-5).sqrt()
 
-    peephole = rnn.PeepholeLSTM(I, H, dtype=torch.float64)
-    normed = rnn.LayerNormLSTM(I, H, dtype=torch.float64)
+    peephole = PeepholeLSTM(I, H, dtype=torch.float64)
+    normed = LayerNormLSTM(I, H, dtype=torch.float64)
     assert torch.equal(normed.norm_ih_l0, torch.ones(4 * H))  # gains begin with 1
     for name, value in normed.named_parameters():
         if name.startswith("norm"):

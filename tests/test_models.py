@@ -7,16 +7,17 @@ import math
 import os
 import pickle
 import signal
-import threading
 
 import pytest
 import torch
+from cells import LayerNormLSTM, PeepholeLSTM
 from torch import nn
 from torch.nn.utils.rnn import pad_packed_sequence
 
 import rnn
 
 CELLS = ["lstm", "gru", "rnn"]
+OWN = {"peephole": PeepholeLSTM, "lnlstm": LayerNormLSTM}
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}  # float64 has 16 digits; a few are lost to summation order
 
 
@@ -28,6 +29,11 @@ def small(vocab, **options):
 @pytest.fixture
 def vocab(text):
     return rnn.Vocab.of(text)
+
+
+@pytest.fixture
+def own_cells(monkeypatch):
+    monkeypatch.setattr(rnn, "CELLS", rnn.CELLS | OWN)
 
 
 @pytest.fixture
@@ -54,9 +60,9 @@ def test_char_lm_shapes_and_carried_state(vocab, ids, cell, options):
         assert not torch.equal(model.train()(x)[0], whole)  # dropout is at work
 
 
-@pytest.mark.parametrize("cell", rnn.CELLS)
+@pytest.mark.parametrize("cell", [*rnn.CELLS, *OWN])
 @pytest.mark.parametrize("options", [{}, {"one_hot": True}, {"layers": 2, "dropout": 0.5}], ids=str)
-def test_step_by_step_equals_all_at_once(vocab, ids, cell, options):
+def test_step_by_step_equals_all_at_once(own_cells, vocab, ids, cell, options):
     model = small(vocab, cell=cell, **options).double().eval()
     x = ids[:60].view(3, 20)
     whole, _ = model(x)
@@ -82,7 +88,7 @@ def test_tied_weights_are_one_parameter(vocab):
 
 
 @pytest.mark.parametrize("options,message", [
-    ({"cell": "elman"}, "one of rnn, lstm, gru, original_gru, peephole, lnlstm, got 'elman'"),
+    ({"cell": "elman"}, "one of rnn, lstm, gru, original_gru, got 'elman'"),
     ({"tie": True}, "embed=64, hidden=256"),
     ({"tie": True, "one_hot": True}, "one_hot=True"),
 ])
@@ -133,10 +139,10 @@ def sentences(vocab_size=11):
     return nn.functional.pad(ids, (0, 1)), lengths, each
 
 
-@pytest.mark.parametrize("cell", rnn.CELLS)
+@pytest.mark.parametrize("cell", [*rnn.CELLS, *OWN])
 @pytest.mark.parametrize("options", [{}, {"layers": 2, "bidirectional": True},
                                      {"one_hot": True, "classes": 5}], ids=str)
-def test_classifier_reads_no_padding(cell, options):
+def test_classifier_reads_no_padding(own_cells, cell, options):
     """Padded and packed, every sequence has the logits that it has alone, and no others matter."""
     model = rnn.Classifier(11, embed=4, hidden=6, cell=cell, **options).double()
     ids, lengths, each = sentences()
@@ -220,9 +226,9 @@ def translator(cell="lstm", **options):
     return model
 
 
-@pytest.mark.parametrize("cell", rnn.CELLS)
+@pytest.mark.parametrize("cell", [*rnn.CELLS, *OWN])
 @pytest.mark.parametrize("layers", [1, 2])
-def test_padding_never_leaks_into_a_translation(cell, layers):
+def test_padding_never_leaks_into_a_translation(own_cells, cell, layers):
     model = translator(cell, layers=layers)
     ids, lengths, each = sentences()
     target = torch.tensor([[rnn.BOS, 4, 5, 6]] * 4)
@@ -469,18 +475,6 @@ def test_evaluate_wrong_arguments(vocab):
             rnn.evaluate(small(vocab), torch.zeros(ids, dtype=torch.long), batch, context)
 
 
-def test_windows_by_hand(vocab, ids):
-    model = small(vocab).double()
-    losses = [nn.functional.cross_entropy(model(ids[None, k : k + 20])[0][0], ids[k + 1 : k + 21])
-              for k in range(0, len(ids) - 20, 7)]
-    windowed = rnn.evaluate_windows(model, ids, window=20, stride=7, batch=16)
-    assert windowed == pytest.approx(torch.stack(losses).mean().item(), rel=1e-6)
-    one = rnn.evaluate_windows(model, ids, window=len(ids) - 1)
-    assert one == pytest.approx(rnn.evaluate(model, ids), rel=1e-6)
-    with pytest.raises(ValueError, match="of 20 symbols has no window of 20 predictions"):
-        rnn.evaluate_windows(model, ids[:20], window=20)
-
-
 def test_evaluate_sees_states_however_small():
     """A cell that never forgets, and an output that makes much of its tiny state."""
     torch.manual_seed(0)
@@ -660,22 +654,14 @@ def test_training_learns(text, tmp_path, options):
 @pytest.mark.parametrize("options", [
     {}, {"order": "random"}, {"schedule": "plateau"}, {"config": {"layers": 2, "dropout": 0.3}},
     {"config": {"cell": "gru"}}], ids=str)
-def test_resumed_equals_uninterrupted(text, tmp_path, monkeypatch, options):
-    """Ctrl-C in the middle, then on from last.pt: the same weights, bit for bit."""
+def test_resumed_equals_uninterrupted(text, tmp_path, options):
+    """Ended in the middle, then on from last.pt: the same weights, bit for bit."""
     whole, expected, _ = run(text, tmp_path / "whole", steps=24, evals=3, **options)
     last = rnn.load(tmp_path / "whole" / "last.pt")[0]
-    steps, plain = [], rnn.backpropagate
-
-    def interrupting(*args):
-        steps.append(1)
-        if len(steps) == 11:
-            signal.raise_signal(signal.SIGINT)
-        return plain(*args)
-
-    monkeypatch.setattr(rnn, "backpropagate", interrupting)
-    _, half, _ = run(text, tmp_path / "parts", steps=24, evals=3, **options)
-    assert half["step"] == 11
-    monkeypatch.undo()
+    asked = itertools.count(1)
+    _, half, _ = run(text, tmp_path / "parts", steps=24, evals=3,
+                     stop=lambda: next(asked) == 11, **options)
+    assert half["step"] == 11 and [h[0] for h in half["history"]] == [8, 11]
     model, vocab, training = rnn.load(tmp_path / "parts" / "last.pt")
     options.pop("config", None)
     torch.manual_seed(99)  # must not matter
@@ -738,12 +724,20 @@ def test_training_runs_for_the_seconds_it_is_given(text, tmp_path):
     assert 1.0 <= result["seconds"] < 10 and len(result["history"]) == 2
 
 
-def test_training_outside_the_main_thread(text, tmp_path):
-    results = []
-    thread = threading.Thread(target=lambda: results.append(run(text, tmp_path, steps=2)))
-    thread.start()
-    thread.join()
-    assert results[0][1]["step"] == 2
+def test_ctrl_c_leaves_the_last_checkpoint(text, tmp_path, monkeypatch):
+    plain, steps = rnn.backpropagate, []
+
+    def interrupting(*args):
+        steps.append(1)
+        if len(steps) == 11:
+            signal.raise_signal(signal.SIGINT)
+        return plain(*args)
+
+    monkeypatch.setattr(rnn, "backpropagate", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        run(text, tmp_path, steps=24, evals=3)
+    assert rnn.load(tmp_path / "last.pt")[2]["run"]["step"] == 8
+    assert sorted(os.listdir(tmp_path)) == ["best.pt", "last.pt"]
 
 
 @pytest.mark.parametrize("options,message", [

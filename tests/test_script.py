@@ -2,10 +2,12 @@
 
 import hashlib
 import http.server
+import itertools
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -57,6 +59,66 @@ def test_sample_and_resume(folder, monkeypatch, capsys):
                             "--out", "more", "--length", "5"])
     printed = capsys.readouterr().out
     assert "step 30" in printed and FINAL.search(printed)
+
+
+def test_ctrl_c_ends_a_run_in_order(folder, monkeypatch, capsys):
+    """Resumed, it ends with the weights of a run that was never interrupted."""
+    monkeypatch.chdir(folder)
+    plain, steps = rnn.backpropagate, itertools.count(1)
+
+    def interrupting(*arguments):
+        if next(steps) == 11:
+            signal.raise_signal(signal.SIGINT)
+        return plain(*arguments)
+
+    arguments = ["--data", "text.txt", "--steps", "20", *map(str, SMALL)]
+    train_shakespeare.main([*arguments, "--out", "whole"])
+    with monkeypatch.context() as patch:
+        patch.setattr(rnn, "backpropagate", interrupting)
+        train_shakespeare.main([*arguments, "--out", "half"])
+    printed = capsys.readouterr().out
+    assert "step 11 held-out" in printed and FINAL.search(printed)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # as it was
+    train_shakespeare.main(["--data", "text.txt", "--resume", "half/last.pt", "--length", "5"])
+    weights = [rnn.load(f"{name}/last.pt")[0].parameters() for name in ("whole", "half")]
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+def test_a_second_ctrl_c_interrupts_at_once(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+
+    def twice(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(rnn, "backpropagate", twice)
+    with pytest.raises(KeyboardInterrupt):
+        train_shakespeare.main(["--data", "text.txt", "--steps", "20", *map(str, SMALL), "--out",
+                                "twice"])
+    assert rnn.load("twice/last.pt")[2]["run"]["step"] == 0
+
+
+def test_training_outside_the_main_thread(folder, monkeypatch, capsys):
+    """Where nothing can be told of Ctrl-C."""
+    monkeypatch.chdir(folder)
+    arguments = ["--data", "text.txt", "--steps", "2", *map(str, SMALL), "--out", "thread"]
+    thread = threading.Thread(target=train_shakespeare.main, args=(arguments,))
+    thread.start()
+    thread.join()
+    assert FINAL.search(capsys.readouterr().out)
+
+
+def test_windows_by_hand(text):
+    vocab = rnn.Vocab.of(text)
+    ids, model = vocab.encode(text), rnn.CharLM(len(vocab), embed=8, hidden=12).double()
+    losses = [rnn.cross_entropy(model(ids[None, k : k + 20])[0], ids[None, k + 1 : k + 21])
+              for k in range(0, len(ids) - 20, 7)]
+    windowed = train_shakespeare.evaluate_windows(rnn, model, ids, window=20, stride=7, batch=16)
+    assert windowed == pytest.approx(torch.stack(losses).mean().item(), rel=1e-6)
+    one = train_shakespeare.evaluate_windows(rnn, model, ids, window=len(ids) - 1)
+    assert one == pytest.approx(rnn.evaluate(model, ids), rel=1e-6)
+    with pytest.raises(ValueError, match="of 20 symbols has no window of 20 predictions"):
+        train_shakespeare.evaluate_windows(rnn, model, ids[:20], window=20)
 
 
 def page(path):
