@@ -229,7 +229,7 @@ Three forward_cpu(const at::Tensor& x, const at::Tensor& w_ih, const at::Tensor&
   const auto type = w_hh.scalar_type(), computed = is_bf16(w_hh) && !tiles ? at::kFloat : type;
   const auto like = w_hh.options().dtype(computed);
   auto h = fresh({N, H}, like), c_now = fresh({B, H}, like).copy_(c0);
-  auto c = save ? fresh({N, H}, like) : c_now, gates = fresh({save ? N : 0, 4 * H}, like);
+  auto c = save ? fresh({N, H}, like) : c_now, gates = reused({save ? N : 0, 4 * H}, like);
   if (N == 0) return {h.to(type), c.to(type), gates.to(type)};
   const auto x_ = x.to(computed).contiguous(), bias_ = bias.to(computed).contiguous();
   const auto h0_ = h0.to(computed).contiguous();
@@ -279,7 +279,7 @@ Four backward_cpu(const at::Tensor& dh, const std::optional<at::Tensor>& dc,
     return {da.to(at::kBFloat16), dx.to(at::kBFloat16), dh0.to(at::kBFloat16),
             dc0.to(at::kBFloat16)};
   }
-  auto da = fresh({N, 4 * H}, like), dh0 = at::zeros({B, H}, like), dc0 = at::zeros({B, H}, like);
+  auto da = reused({N, 4 * H}, like), dh0 = at::zeros({B, H}, like), dc0 = at::zeros({B, H}, like);
   if (N == 0) return {da, find_dx(da, w_ih), dh0, dc0};
   const auto dh_ = dh.contiguous(), gates_ = gates.contiguous(), c_ = c.contiguous();
   const auto c0_ = c0.contiguous(), w_hh_ = w_hh.contiguous();

@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <mutex>
 #include <vector>
 #ifdef _OPENMP
 #include <omp.h>
@@ -105,6 +106,32 @@ inline at::Tensor fresh(at::IntArrayRef shape, const at::TensorOptions& options)
   if (end >= begin + page) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
   return t;
+}
+
+// The same for the largest tensors of all, gates and their gradients. malloc gives what is larger
+// than 32 MiB back to the system at once, and fresh memory costs up to a fifth of a training step:
+// so the last few blocks that tensors have given back are kept, for the next ones.
+inline at::Tensor reused(at::IntArrayRef shape, const at::TensorOptions& options) {
+  constexpr int64_t least = 32 << 20, most_blocks = 4;
+  const int64_t bytes = c10::multiply_integers(shape) * options.dtype().itemsize();
+  if (bytes < least) return fresh(shape, options);
+  static auto& mutex = *new std::mutex;  // never destroyed: a tensor may live until the very end
+  static auto& kept = *new std::vector<at::Tensor>;
+  at::Tensor block;
+  {
+    const std::lock_guard lock(mutex);
+    const auto found = std::find_if(kept.begin(), kept.end(), [&](const at::Tensor& t) {
+      return t.numel() >= bytes && t.numel() <= 2 * bytes;
+    });
+    if (found != kept.end()) block = *found, kept.erase(found);
+  }
+  if (!block.defined()) block = fresh({bytes}, options.dtype(at::kByte));
+  auto keep = [block](void*) {
+    const std::lock_guard lock(mutex);
+    if (kept.size() == most_blocks) kept.erase(kept.begin());
+    kept.push_back(block);
+  };
+  return at::from_blob(block.data_ptr(), shape, keep, options);
 }
 
 }  // namespace

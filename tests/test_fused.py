@@ -109,6 +109,23 @@ def test_inference_keeps_no_gates_but_the_same_results(shape, reverse, place):
     assert torch.equal(lean[1], rnn.fused.rows_at_the_end(c, sizes, reverse))
 
 
+def test_memory_is_used_again_but_not_while_it_is_needed(cpu):
+    """Gates of 32 MiB and more are kept by csrc/ when nobody needs them any more."""
+    sizes = [64] * 64
+    x, h0, c0, w_ih, bias, w_hh = (t.detach() for t in tensors(64, 3, 512, sizes, torch.float32))
+
+    def gates(x):
+        return torch.ops.rnn.lstm_forward(x, w_ih, bias, h0, c0, w_hh, sizes, False, True)[2]
+
+    first, other = gates(x), gates(-x)
+    assert first.nbytes == 2**25
+    copies = first.clone(), other.clone()
+    for _ in range(6):  # more than are kept
+        held = [gates(x), gates(-x)]
+        assert len({t.data_ptr() for t in (first, other, *held)}) == 4
+        assert all(torch.equal(a, b) for a, b in zip((first, other, *held), copies * 2))
+
+
 def test_backward_twice_gives_the_same(place):
     inputs = on(place, tensors(3, 4, 6, [3, 3, 2]))
     h, c = fused(inputs, [3, 3, 2], False)
