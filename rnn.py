@@ -1209,6 +1209,7 @@ def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, ba
     clip              largest norm of the gradient; math.inf: no clipping
     accumulate        compute the gradient of a batch in this many parts
     dtype             torch.bfloat16 runs the model under autocast
+    seed              torch's global random numbers follow from it, anew at every step
     evals             how often to evaluate on val_ids
     patience          stop after this many evaluations in a row without a new best
     out               folder for best.pt, and for last.pt with all that is needed to go on
@@ -1248,12 +1249,15 @@ def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, ba
               seconds, evals, world)
     if resume is not None:
         run.resume(resume)
+        if run.done() >= 1 and not run.history:
+            raise ValueError(f"cannot resume: step {run.step:,} is beyond {steps=}, {seconds=}, "
+                             "and no evaluation was made")
     model.train()
     replica = world.replica(model)
     autocast = torch.autocast(train_ids.device.type, dtype, enabled=dtype != torch.float32)
     first_step = run.step
     run.begin()
-    while run.done() < 1 and not run.ending and run.stale != patience:
+    while run.done() < 1 and not run.ending and (patience is None or run.stale < patience):
         # What a step drops follows from its number, so a resumed run drops the same.
         torch.manual_seed(seed + 1000 * run.step + world.rank)
         for group in optimizer.param_groups:

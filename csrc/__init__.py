@@ -192,6 +192,14 @@ def type_of(x):
     return x.dtype
 
 
+def autocast(inputs):
+    """The inputs in the type that autocast wants for the first of them, where it is on."""
+    if not torch.is_autocast_enabled(inputs[0].device.type):
+        return inputs
+    dtype = type_of(inputs[0])
+    return [t.to(dtype) for t in inputs]
+
+
 def can_run(x):
     """Whether the operators serve this input now. Not inside torch.func's transforms (vmap, grad,
     jvp) and forward mode, which they know nothing about."""
@@ -219,8 +227,7 @@ def lstm(x, h0, c0, w_ih, bias, w_hh, sizes, reverse, plain):
         h, c = FusedLSTM.apply(*inputs, sizes, reverse, plain)
         end = rows_at_the_end(c, sizes, reverse)
     else:
-        dtype = type_of(x)
-        x, h0, c0, w_ih, bias, w_hh = (t.to(dtype) for t in inputs)
+        x, h0, c0, w_ih, bias, w_hh = autocast(inputs)
         h, end, _ = torch.ops.rnn.lstm_forward(x, w_ih, bias, h0, c0, w_hh, sizes, reverse, False)
     return h, (rows_at_the_end(h, sizes, reverse), end)
 
@@ -231,8 +238,8 @@ class FusedLSTM(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, h0, c0, w_ih, bias, w_hh, sizes, reverse, plain):
-        inputs, dtype = (x, h0, c0, w_ih, bias, w_hh), type_of(x)
-        x, h0, c0, w_ih, bias, w_hh = (t.to(dtype) for t in inputs)
+        inputs = (x, h0, c0, w_ih, bias, w_hh)
+        x, h0, c0, w_ih, bias, w_hh = autocast(inputs)
         h, c, gates = torch.ops.rnn.lstm_forward(x, w_ih, bias, h0, c0, w_hh, sizes, reverse, True)
         ctx.save_for_backward(*inputs, x, h0, c0, w_ih, w_hh, h, c, gates)
         ctx.sizes, ctx.reverse, ctx.plain = sizes, reverse, plain

@@ -110,9 +110,10 @@ inline at::Tensor fresh(at::IntArrayRef shape, const at::TensorOptions& options)
 
 // The same for the largest tensors of all, gates and their gradients. malloc gives what is larger
 // than 32 MiB back to the system at once, and fresh memory costs up to a fifth of a training step:
-// so the last few blocks that tensors have given back are kept, for the next ones.
+// so the last few blocks that tensors have given back are kept, for the next ones: half a GiB at
+// most.
 inline at::Tensor reused(at::IntArrayRef shape, const at::TensorOptions& options) {
-  constexpr int64_t least = 32 << 20, most_blocks = 4;
+  constexpr int64_t least = 32 << 20, most = 512 << 20;
   const int64_t bytes = c10::multiply_integers(shape) * options.dtype().itemsize();
   if (bytes < least) return fresh(shape, options);
   static auto& mutex = *new std::mutex;  // never destroyed: a tensor may live until the very end
@@ -124,12 +125,15 @@ inline at::Tensor reused(at::IntArrayRef shape, const at::TensorOptions& options
       return t.numel() >= bytes && t.numel() <= 2 * bytes;
     });
     if (found != kept.end()) block = *found, kept.erase(found);
+    else if (!kept.empty()) kept.erase(kept.begin());  // the oldest: sizes have changed
   }
   if (!block.defined()) block = fresh({bytes}, options.dtype(at::kByte));
   auto keep = [block](void*) {
     const std::lock_guard lock(mutex);
-    if (kept.size() == most_blocks) kept.erase(kept.begin());
     kept.push_back(block);
+    int64_t sum = 0;
+    for (const at::Tensor& t : kept) sum += t.numel();
+    for (; sum > most; kept.erase(kept.begin())) sum -= kept.front().numel();
   };
   return at::from_blob(block.data_ptr(), shape, keep, options);
 }

@@ -126,6 +126,17 @@ def test_memory_is_used_again_but_not_while_it_is_needed(cpu):
         assert all(torch.equal(a, b) for a, b in zip((first, other, *held), copies * 2))
 
 
+def test_small_numbers_keep_their_precision(cpu):
+    """bfloat16 has 8 bits, whatever the exponent. Without biases the gates' inputs are small."""
+    torch.manual_seed(0)
+    layer, exact = rnn.LSTM(32, 64, bias=False).bfloat16(), torch.nn.LSTM(32, 64, bias=False)
+    exact.load_state_dict(layer.state_dict())
+    for scale in (1e-2, 1e-4, 1e-6):
+        x = (torch.randn(9, 16, 32) * scale).bfloat16()
+        y, expected = layer(x)[0].double(), exact.double()(x.double())[0]
+        assert (y - expected).norm() < 2**-8 * expected.norm()
+
+
 def test_backward_twice_gives_the_same(place):
     inputs = on(place, tensors(3, 4, 6, [3, 3, 2]))
     h, c = fused(inputs, [3, 3, 2], False)

@@ -795,6 +795,18 @@ def test_resume_elsewhere_and_twice(text, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(best.parameters(), model.parameters()))
 
 
+def test_resume_with_less_patience_or_nothing_to_do(text, tmp_path):
+    run(text, tmp_path, steps=4, evals=1, lr=1e-9, warmup=0)
+    model, _, training = rnn.load(tmp_path / "last.pt")
+    training["run"] |= {"stale": 3}
+    _, result, _ = run(text, tmp_path, steps=8, evals=2, lr=1e-9, warmup=0, model=model,
+                       resume=training, patience=2)
+    assert result["step"] == 4
+    training["run"]["history"] = []
+    with pytest.raises(ValueError, match="step 4 is beyond steps=3.* no evaluation was made"):
+        run(text, tmp_path, steps=3, lr=1e-9, warmup=0, model=model, resume=training)
+
+
 def test_resume_with_other_values(text, tmp_path):
     run(text, tmp_path, steps=2)
     model, _, training = rnn.load(tmp_path / "last.pt")
