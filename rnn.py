@@ -1096,8 +1096,9 @@ class Run:
         Then start the clock."""
         if self.world.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)
-            for partial in self.out.glob("*.pt.*.partial"):  # of runs that were killed
-                partial.unlink()
+            for name in ("best.pt", "last.pt"):
+                for partial in self.out.glob(f"{name}.*.partial"):  # of runs that were killed
+                    partial.unlink()
         self.keep("last.pt")
         if self.world.rank == 0:
             load(self.out / "last.pt")

@@ -807,6 +807,13 @@ def test_resume_with_less_patience_or_nothing_to_do(text, tmp_path):
         run(text, tmp_path, steps=3, lr=1e-9, warmup=0, model=model, resume=training)
 
 
+def test_only_half_written_files_of_training_are_removed(text, tmp_path):
+    for name in ("best.pt.7.partial", "last.pt.7.partial", "mine.pt.7.partial"):
+        (tmp_path / name).touch()
+    run(text, tmp_path, steps=2, evals=1)
+    assert {path.name for path in tmp_path.iterdir()} == {"best.pt", "last.pt", "mine.pt.7.partial"}
+
+
 def test_resume_with_other_values(text, tmp_path):
     run(text, tmp_path, steps=2)
     model, _, training = rnn.load(tmp_path / "last.pt")
