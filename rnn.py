@@ -32,14 +32,11 @@ al. 2014; forget bias: Jozefowicz et al. 2015. AdamW: Loshchilov & Hutter 2019. 
 """
 
 import contextlib
-import copy
 import importlib.util
 import math
 import os
-import pathlib
 import re
 import sys
-import time
 import warnings
 import zipfile
 from collections import Counter
@@ -937,7 +934,7 @@ def save(path, model, vocab, **training):
     whatever training needs to go on. It appears whole or not at all: a file of another name is
     written to the end, then renamed, so an earlier checkpoint survives any interruption.
     Raises OSError naming the path when it cannot be written."""
-    content = {"format": "rnn.py 2", "kind": type(model).__name__, "config": model.config,
+    content = {"format": "rnn.py 3", "kind": type(model).__name__, "config": model.config,
                "weights": model.state_dict(), "symbols": vocab.symbols, "words": vocab.words,
                "training": training}
     partial = f"{path}.{os.getpid()}.partial"
@@ -966,8 +963,8 @@ def load(path, device="cpu"):
                 raise ValueError("a part of it is not what was written")
             file.seek(0)
             content = torch.load(file, map_location="cpu", weights_only=True)
-        if content["format"] != "rnn.py 2":
-            raise ValueError(f"its format is {content['format']!r}, expected 'rnn.py 2'")
+        if content["format"] != "rnn.py 3":
+            raise ValueError(f"its format is {content['format']!r}, expected 'rnn.py 3'")
         kind, config, weights = MODELS[content["kind"]], content["config"], content["weights"]
         if config.get("layers", 0) > len(weights):
             raise ValueError(f"weights of {len(weights)} tensors for {config['layers']} layers")
@@ -987,18 +984,8 @@ def load(path, device="cpu"):
 
 
 # ----------------------------------------------------------------------------------------------
-# Training: what a step needs, what surrounds it, and at the end `train` with the loop
-
-
-def make_optimizer(model, lr, weight_decay):
-    """AdamW; the weights decay, biases and gains do not."""
-    groups = [{"params": [p for p in model.parameters() if p.dim() > 1]},
-              {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr, (0.9, 0.99), weight_decay=weight_decay, fused=True)
-    for p in model.parameters():  # as its first step would: so that checkpoints are all made alike
-        optimizer.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device),
-                              "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-    return optimizer
+# Training. What surrounds it in a long run is in train_shakespeare.py: reports, the best
+# checkpoint, early stopping, going on after an interruption, several processes.
 
 
 def backpropagate(model, x, y, state, accumulate, autocast):
@@ -1018,261 +1005,75 @@ def backpropagate(model, x, y, state, accumulate, autocast):
     return loss, map_state(lambda *s: torch.cat(s, dim=1), *ends)
 
 
-def learning_rate(lr, warmup, schedule, step, done, halvings):
-    """The rate of a step: it rises for `warmup` steps; then it falls, by "cosine" to 3 % when the
-    run is done, with "plateau" to half at each halving."""
-    cosine = 0.03 + 0.97 * (1 + math.cos(math.pi * done)) / 2
-    fall = cosine if schedule == "cosine" else 0.5**halvings
-    return lr * min(1.0, (step + 1) / max(warmup, 1)) * fall
+def learning_rate(lr, warmup, step, done):
+    """The rate of a step: it rises for `warmup` steps to lr, then falls along a cosine to 3 % of it
+    when the run is done. done: the part of the run that is over, from 0 to 1."""
+    rise = min(1.0, (step + 1) / max(warmup, 1))
+    return lr * rise * (0.03 + 0.97 * (1 + math.cos(math.pi * done)) / 2)
 
 
-class Alone:
-    """The processes that train one model together, when there is only one. For several of them
-    train_shakespeare.py has Together, with the same methods over torch.distributed."""
+class Trainer:
+    """A CharLM in training by truncated BPTT: its optimizer, AdamW; `state`, which every batch
+    takes over from the one before; `steps` taken.
 
-    rank, count = 0, 1
+    weight_decay  of the weights; biases and gains do not decay
+    clip          largest norm of the gradient; math.inf: no clipping
+    accumulate    compute the gradient of a batch in this many parts
+    dtype         torch.bfloat16 runs the model under autocast
+    seed          torch's global random numbers follow from it and from the step's number, so that
+                  a run that was interrupted drops the same units as one that was not
+    Raises ValueError for values that do not fit."""
 
-    def replica(self, model):  # runs the model and leaves the mean gradient of all processes
-        return model
+    def __init__(self, model, batches, *, weight_decay=0.01, clip=1.0, accumulate=1,
+                 dtype=torch.float32, seed=0):
+        if accumulate < 1 or not clip > 0 or dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError("accumulate must be at least 1, clip above 0, dtype torch.float32 or "
+                             f"torch.bfloat16; got {accumulate=}, {clip=}, {dtype=}")
+        self.model, self.batches, self.clip, self.accumulate = model, batches, clip, accumulate
+        self.runs = model  # what reads the batches: a wrapper around the model may stand here
+        self.seed, self.steps, self.state = seed, 0, model.init_state(batches.batch)
+        self.autocast = torch.autocast(batches.ids.device.type, dtype,
+                                       enabled=dtype != torch.float32)
+        groups = [{"params": [p for p in model.parameters() if p.dim() > 1]},
+                  {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=weight_decay,
+                                           fused=True)
+        model.train()
 
-    def share(self, tensor, dim=0):  # this process's rows of a batch
-        return tensor
-
-    def rank_0_says(self, *numbers):  # rank 0's numbers on every rank, so that all do the same
-        return numbers
-
-    def from_all(self, value):  # the values of all ranks on every rank, a list
-        return [value]
-
-
-def measures(loss):
-    """A loss in nats in its three usual forms."""
-    return f"loss {loss:.4f} ppl {math.exp(min(loss, 99)):.2f} bpc {loss / math.log(2):.3f}"
-
-
-def made_of(value):
-    """What a value is made of, all the way down: keys, types, the shapes of tensors."""
-    if isinstance(value, torch.Tensor):
-        return f"{'floats' if value.is_floating_point() else 'integers'} {tuple(value.shape)}"
-    if isinstance(value, dict):
-        return {key: made_of(entry) for key, entry in value.items()}
-    if isinstance(value, tuple):
-        return tuple(made_of(entry) for entry in value)
-    return "number" if isinstance(value, (int, float)) else type(value).__name__
-
-
-def check_stored(name, stored, like):
-    """Raises ValueError unless a part of a checkpoint is made as `like` is."""
-    found, expected = made_of(stored), made_of(like)
-    if found != expected:
-        raise ValueError(f"cannot resume: the checkpoint's part '{name}' is {found}, expected "
-                         f"{expected}")
+    def step(self, lr):
+        """Learn from one batch, at this rate. Returns the loss in nats per symbol and the norm of
+        its gradient before clipping, as tensors: a GPU need not be waited for."""
+        torch.manual_seed(self.seed + 1000 * self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        x, y = self.batches.next()  # (B, T) each
+        if not self.batches.carries_state:
+            self.state = self.model.init_state(len(x))
+        self.optimizer.zero_grad()
+        loss, self.state = backpropagate(self.runs, x, y, self.state, self.accumulate,
+                                         self.autocast)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        self.optimizer.step()
+        self.steps += 1
+        return loss, norm
 
 
-class Run:
-    """The state of a training run between two steps, and checkpoints of it."""
+def train(model, batches, steps, lr=4e-3, warmup=20, **options):
+    """Train a CharLM; options are Trainer's. After every step it hands out the step's number, from
+    1 on, the loss and the gradient's norm. What to do in between is the caller's choice:
 
-    KEPT = ("step", "seconds", "history", "best", "stale", "halvings")
+        for step, loss, norm in rnn.train(model, rnn.Batches(ids, batch=32, context=64), 1000):
+            if step % 100 == 0:
+                print(step, loss, rnn.evaluate(model, held_out))
+                rnn.save("model.pt", model, vocab)
 
-    def __init__(self, model, vocab, batches, val_ids, optimizer, out, options, notes, steps,
-                 seconds, evals, world):
-        self.model, self.vocab, self.batches, self.val_ids = model, vocab, batches, val_ids
-        self.optimizer, self.out, self.options, self.notes = optimizer, out, options, notes
-        self.last_step, self.last_second, self.evals, self.world = steps, seconds, evals, world
-        # Of this process's rows; a checkpoint has those of all.
-        self.state = map_state(lambda s: world.share(s, 1), model.init_state(batches.batch))
-        self.step, self.seconds, self.history = 0, 0.0, []  # (step, training loss, held-out loss)
-        self.best, self.best_weights = math.inf, model.state_dict()  # lowest held-out loss
-        self.stale = self.halvings = 0  # evaluations since then; how often they halved the rate
-        self.window, self.busy = [], 0.0  # losses and norms since the last report; seconds training
-        self.ending = False
-
-    def done(self):
-        """The part of the run that is over, from 0 to 1."""
-        return self.step / self.last_step if self.last_step else self.seconds / self.last_second
-
-    def begin(self):
-        """Write a checkpoint and read it back, for what cannot be kept must show before any work.
-        Then start the clock."""
-        if self.world.rank == 0:
-            self.out.mkdir(parents=True, exist_ok=True)
-            for name in ("best.pt", "last.pt"):
-                for partial in self.out.glob(f"{name}.*.partial"):  # of runs that were killed
-                    partial.unlink()
-        self.keep("last.pt")
-        if self.world.rank == 0:
-            load(self.out / "last.pt")
-        self.since = time.perf_counter()
-        self.began = self.since - self.seconds
-
-    def after_step(self, loss, norm, stopped):
-        """Count a step, and report, evaluate and write checkpoints when it is time to. stopped:
-        whether the run is to end now."""
-        self.window.append(torch.stack((loss, norm)))  # read later: do not wait for a GPU here
-        past, now = self.done(), time.perf_counter()
-        self.step += 1
-        self.seconds, took, self.ending = self.world.rank_0_says(now - self.began,
-                                                                 now - self.since, stopped)
-        # One evaluation is due after each evals-th part of the run; 3 * (1 / 3) may be below 1.
-        due = int(self.done() * self.evals + 1e-9) > int(past * self.evals + 1e-9)
-        if not (due or self.ending or took > 5):
-            return
-        loss = self.report(took)
-        if due:
-            self.measure(loss)
-            self.keep("last.pt")
-        elif self.ending:
-            self.keep("last.pt")  # before an evaluation that uninterrupted runs do not make
-            self.measure(loss)
-        self.window, self.since, self.busy = [], time.perf_counter(), self.busy + took
-
-    def report(self, took):
-        """Print a line on the steps of the last `took` seconds. Returns their mean loss; raises
-        FloatingPointError if it or a gradient's norm is not finite."""
-        losses, norms = torch.stack(self.window).cpu().unbind(1)  # (steps,) each
-        losses = self.world.from_all(float(losses.mean()))  # of each process's rows
-        loss, norm = sum(losses) / len(losses), float(norms.max())
+    Raises ValueError for bad values, FloatingPointError when loss or norm are not finite."""
+    if steps < 1 or warmup < 0:
+        raise ValueError(f"steps must be at least 1, warmup at least 0; got {steps=}, {warmup=}")
+    trainer = Trainer(model, batches, **options)
+    for step in range(steps):
+        loss, norm = map(float, trainer.step(learning_rate(lr, warmup, step, step / steps)))
         if not math.isfinite(loss + norm):
-            raise FloatingPointError(
-                f"training stopped at step {self.step}: loss {loss}, gradient norm {norm}. A "
-                "smaller lr or clip may help; the last checkpoint remains")
-        note = " gradient explodes" if norm > 1e3 else ""
-        note = " gradient vanishes" if float(norms.min()) < 1e-6 else note
-        speed = len(self.window) * self.options["batch"] * self.options["context"] / took
-        left = max(0, self.seconds * (1 / self.done() - 1))
-        if self.world.rank == 0:
-            print(f"step {self.step:,} ({left:.0f} s left) {measures(loss)} grad {norm:.2g} "
-                  f"{speed:,.0f} chars/s{note}", flush=True)
-        return loss
-
-    def measure(self, loss):
-        """Evaluate, and keep the model if it is the best so far."""
-        value, context = 0.0, min(256, max(1, 2**28 // (64 * len(self.vocab))))  # 1 GiB of logits
-        if self.world.rank == 0:
-            value = evaluate(self.model, self.val_ids, 64, context)
-            print(f"step {self.step:,} held-out {measures(value)}", flush=True)
-        (value,) = self.world.rank_0_says(value)
-        if not math.isfinite(value):
-            raise FloatingPointError(f"training stopped at step {self.step}: held-out loss "
-                                     f"{value}; the last checkpoint remains")
-        self.history.append((self.step, loss, value))
-        self.stale = 0 if value < self.best else self.stale + 1
-        self.halvings += self.stale > 0 and self.stale % 2 == 0
-        if value < self.best:
-            self.best, self.best_weights = value, copy.deepcopy(self.model.state_dict())
-            self.keep("best.pt")
-
-    def content(self):
-        """All that is needed to go on from this moment, in any number of processes."""
-        states = self.world.from_all(map_state(torch.Tensor.cpu, self.state))
-        return {"run": {name: getattr(self, name) for name in self.KEPT}, "best": self.best_weights,
-                "state": map_state(lambda *s: torch.cat(s, dim=1), *states),
-                "optimizer": self.optimizer.state_dict(), "batches": self.batches.state_dict()}
-
-    def keep(self, name):
-        """Write a checkpoint."""
-        content = self.content()
-        if self.world.rank == 0:
-            save(self.out / name, self.model, self.vocab, options=self.options, notes=self.notes,
-                 **content)
-
-    def resume(self, kept):
-        """Go on from what a checkpoint kept. What is missing or damaged shows now, not later."""
-        kept = copy.deepcopy(kept) if isinstance(kept, dict) else {}
-        check_stored("options", kept.get("options"), self.options)
-        wrong = [f"{name}={self.options[name]} (it was {old})"
-                 for name, old in kept["options"].items() if self.options[name] != old]
-        if wrong:
-            raise ValueError("a run cannot be resumed with other values: " + ", ".join(wrong))
-        for part, like in self.content().items():
-            check_stored(part, kept.get(part), like)
-        for name in self.KEPT:
-            setattr(self, name, kept["run"][name])
-        self.best_weights, device = kept["best"], self.batches.ids.device
-        self.state = map_state(lambda s: self.world.share(s.to(device), 1), kept["state"])
-        self.optimizer.load_state_dict(kept["optimizer"])
-        self.batches.load_state_dict(kept["batches"])
-
-
-def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, batch=32,
-          context=64, order="sequential", lr=4e-3, warmup=20, schedule="cosine",
-          weight_decay=0.01, clip=1.0, accumulate=1, dtype=torch.float32, seed=0, evals=10,
-          patience=None, resume=None, notes=None, stop=None, world=None):
-    """Train a CharLM by truncated BPTT on ids (N,). Returns a dict: "val_loss" (nats per symbol, of
-    the best checkpoint, whose weights the model then has), "step", "seconds", "chars_per_s",
-    "history" (a list of (step, training loss, val_loss)).
-
-    steps or seconds  the length of the whole run with its evaluations, one of the two
-    batch, order      rows, of all processes together; see Batches
-    lr, warmup        AdamW's rate rises for this many steps, then falls
-    schedule          how it falls: by a "cosine", to 3 %; or on a "plateau", two evaluations
-                      without a new best, to half
-    clip              largest norm of the gradient; math.inf: no clipping
-    accumulate        compute the gradient of a batch in this many parts
-    dtype             torch.bfloat16 runs the model under autocast
-    seed              torch's global random numbers follow from it, anew at every step
-    evals             how often to evaluate on val_ids
-    patience          stop after this many evaluations in a row without a new best
-    out               folder for best.pt, and for last.pt with all that is needed to go on
-    resume            the third result of `load`, with the model of the same `load`: go on there,
-                      as if never interrupted if steps or seconds are as before
-    notes             a dict that the checkpoints keep
-    stop              is asked after every step: True ends the run there, evaluated and kept
-    world             the processes that train together; see Alone
-
-    Raises ValueError for bad values, OSError if `out` cannot be written, FloatingPointError when a
-    loss or gradient is no longer finite; the last good checkpoint then remains."""
-    options = {"batch": batch, "context": context, "order": order, "lr": lr, "warmup": warmup,
-               "schedule": schedule, "weight_decay": weight_decay, "clip": clip, "seed": seed,
-               "accumulate": accumulate, "dtype": str(dtype), "symbols": len(train_ids)}
-    batches = Batches(train_ids, batch, context, order, seed)  # the same in every process
-    at_least_1 = min(accumulate, evals, 1 if patience is None else patience)
-    for fine, message in (
-        ((steps is None) != (seconds is None) and (steps or seconds or 0) > 0,
-         f"give either steps or seconds, above 0; got {steps=}, {seconds=}"),
-        (schedule in ("cosine", "plateau"),
-         f"schedule must be 'cosine' or 'plateau', got '{schedule}'"),
-        (dtype in (torch.float32, torch.bfloat16),
-         f"dtype must be torch.float32 or torch.bfloat16, got {dtype}"),
-        (at_least_1 >= 1 and warmup >= 0 and clip > 0,
-         "accumulate, evals, patience must be at least 1, warmup at least 0, clip above 0; got "
-         f"{accumulate=} {evals=} {patience=} {warmup=} {clip=}"),
-        (2 <= len(vocab) == model.vocab_size and len(val_ids) >= 2,
-         "training needs two different symbols, a model for just as many, and two symbols to "
-         f"evaluate on; got {len(vocab)}, {model.vocab_size} and {len(val_ids)}"),
-    ):
-        if not fine:
-            raise ValueError(message)
-
-    world = world or Alone()
-    optimizer = make_optimizer(model, lr, weight_decay)
-    run = Run(model, vocab, batches, val_ids, optimizer, pathlib.Path(out), options, notes, steps,
-              seconds, evals, world)
-    if resume is not None:
-        run.resume(resume)
-        if run.done() >= 1 and not run.history:
-            raise ValueError(f"cannot resume: step {run.step:,} is beyond {steps=}, {seconds=}, "
-                             "and no evaluation was made")
-    model.train()
-    replica = world.replica(model)
-    autocast = torch.autocast(train_ids.device.type, dtype, enabled=dtype != torch.float32)
-    first_step = run.step
-    run.begin()
-    while run.done() < 1 and not run.ending and (patience is None or run.stale < patience):
-        # What a step drops follows from its number, so a resumed run drops the same.
-        torch.manual_seed(seed + 1000 * run.step + world.rank)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(lr, warmup, schedule, run.step, run.done(), run.halvings)
-        x, y = (world.share(part) for part in batches.next())  # (B, T) each
-        if not batches.carries_state:
-            run.state = model.init_state(len(x))
-        optimizer.zero_grad()
-        loss, run.state = backpropagate(replica, x, y, run.state, accumulate, autocast)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
-        optimizer.step()
-        run.after_step(loss, norm, stop is not None and stop())
-
-    model.load_state_dict(run.best_weights)
-    return {"val_loss": run.best, "step": run.step, "seconds": run.seconds,
-            "chars_per_s": (run.step - first_step) * batch * context / max(run.busy, 1e-9),
-            "history": run.history}
+            raise FloatingPointError(f"training stopped at step {step + 1}: {loss=}, gradient "
+                                     f"{norm=}. A smaller lr or clip may help")
+        yield step + 1, loss, norm

@@ -13,6 +13,7 @@ early but in order. All flags: --help.
 
 import argparse
 import contextlib
+import copy
 import hashlib
 import html
 import http.client
@@ -27,7 +28,12 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 import urllib.request
+
+import torch
+
+import rnn
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -103,6 +109,329 @@ def shakespeare():
 
 
 # ----------------------------------------------------------------------------------------------
+# The run: what surrounds `rnn.Trainer`'s steps
+
+
+class Alone:
+    """The processes that train one model together, when there is only one."""
+
+    rank, count = 0, 1
+
+    def replica(self, model):  # runs the model and leaves the mean gradient of all processes
+        return model
+
+    def share(self, tensor, dim=0):  # this process's rows of a batch
+        return tensor
+
+    def rank_0_says(self, *numbers):  # rank 0's numbers on every rank, so that all do the same
+        return numbers
+
+    def from_all(self, value):  # the values of all ranks on every rank, a list
+        return [value]
+
+
+class Together:
+    """The processes of torchrun. Each reads its share of every batch's rows, and
+    DistributedDataParallel gives all of them the mean gradient. The clock, Ctrl-C and the held-out
+    text are rank 0's business; it tells the others. Takes torch.distributed, initialized, with a
+    backend that serves the CPU too."""
+
+    def __init__(self):
+        import torch.distributed as dist
+
+        self.dist, self.rank, self.count = dist, dist.get_rank(), dist.get_world_size()
+
+    def replica(self, model):
+        return torch.nn.parallel.DistributedDataParallel(model)
+
+    def share(self, tensor, dim=0):
+        rows = tensor.shape[dim]
+        if rows % self.count:
+            raise ValueError(f"batch must be a multiple of the {self.count} processes, got {rows}")
+        return tensor.chunk(self.count, dim)[self.rank]
+
+    def rank_0_says(self, *numbers):
+        numbers = torch.tensor(numbers, dtype=torch.float64)
+        self.dist.broadcast(numbers, 0)
+        return numbers.tolist()
+
+    def from_all(self, value):
+        values = [None] * self.count
+        self.dist.all_gather_object(values, value)
+        return values
+
+
+class Shares(rnn.Batches):
+    """The same batches in every process, and of each only this process's rows."""
+
+    def __init__(self, world, *args):
+        super().__init__(*args)
+        self.world = world
+
+    def next(self):
+        return tuple(self.world.share(part) for part in super().next())
+
+
+def measures(loss):
+    """A loss in nats in its three usual forms."""
+    return f"loss {loss:.4f} ppl {math.exp(min(loss, 99)):.2f} bpc {loss / math.log(2):.3f}"
+
+
+def made_of(value):
+    """What a value is made of, all the way down: keys, types, the shapes of tensors."""
+    if isinstance(value, torch.Tensor):
+        return f"{'floats' if value.is_floating_point() else 'integers'} {tuple(value.shape)}"
+    if isinstance(value, dict):
+        return {key: made_of(entry) for key, entry in value.items()}
+    if isinstance(value, tuple):
+        return tuple(made_of(entry) for entry in value)
+    return "number" if isinstance(value, (int, float)) else type(value).__name__
+
+
+def check_stored(name, stored, like):
+    """Raises ValueError unless a part of a checkpoint is made as `like` is."""
+    found, expected = made_of(stored), made_of(like)
+    if found != expected:
+        raise ValueError(f"cannot resume: the checkpoint's part '{name}' is {found}, expected "
+                         f"{expected}")
+
+
+class Run(rnn.Trainer):
+    """A Trainer that reports, evaluates, and writes checkpoints from which it can go on."""
+
+    KEPT = ("steps", "seconds", "history", "best", "stale", "halvings")
+
+    def __init__(self, model, vocab, batches, val_ids, out, world, length, evals, options, notes,
+                 **trained):
+        super().__init__(model, batches, **trained)
+        self.vocab, self.val_ids, self.out, self.world = vocab, val_ids, out, world
+        self.last_step, self.last_second = length  # one of them is None
+        self.evals, self.options, self.notes = evals, options, notes
+        # Of this process's rows; a checkpoint has those of all.
+        self.state = rnn.map_state(lambda s: world.share(s, 1), self.state)
+        for p in model.parameters():  # as AdamW's first step would: for checkpoints before it
+            self.optimizer.state[p] = {
+                "step": torch.zeros((), dtype=torch.float32, device=p.device),
+                "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        self.seconds, self.history = 0.0, []  # (step, training loss, held-out loss)
+        self.best, self.best_weights = math.inf, model.state_dict()  # lowest held-out loss
+        self.stale = self.halvings = 0  # evaluations since then; how often they halved the rate
+        self.window, self.busy = [], 0.0  # losses and norms since the last report; seconds training
+        self.ending = False
+
+    def done(self):
+        """The part of the run that is over, from 0 to 1."""
+        return self.steps / self.last_step if self.last_step else self.seconds / self.last_second
+
+    def begin(self):
+        """Write a checkpoint and read it back, for what cannot be kept must show before any work.
+        Then start the clock."""
+        if self.world.rank == 0:
+            self.out.mkdir(parents=True, exist_ok=True)
+            for name in ("best.pt", "last.pt"):
+                for partial in self.out.glob(f"{name}.*.partial"):  # of runs that were killed
+                    partial.unlink()
+        self.keep("last.pt")
+        if self.world.rank == 0:
+            rnn.load(self.out / "last.pt")
+        self.since = time.perf_counter()
+        self.began = self.since - self.seconds
+
+    def step(self, lr, stop):
+        """Take a step, and report, evaluate and write checkpoints when it is time to. stop: a
+        function that says whether the run is to end now."""
+        past = self.done()
+        self.window.append(torch.stack(super().step(lr)))  # read later: do not wait for a GPU
+        now = time.perf_counter()
+        self.seconds, took, self.ending = self.world.rank_0_says(now - self.began,
+                                                                 now - self.since, stop())
+        # One evaluation is due after each evals-th part of the run; 3 * (1 / 3) may be below 1.
+        due = int(self.done() * self.evals + 1e-9) > int(past * self.evals + 1e-9)
+        if not (due or self.ending or took > 5):
+            return
+        loss = self.report(took)
+        if due:
+            self.measure(loss)
+            self.keep("last.pt")
+        elif self.ending:
+            self.keep("last.pt")  # before an evaluation that uninterrupted runs do not make
+            self.measure(loss)
+        self.window, self.since, self.busy = [], time.perf_counter(), self.busy + took
+
+    def report(self, took):
+        """Print a line on the steps of the last `took` seconds. Returns their mean loss; raises
+        FloatingPointError if it or a gradient's norm is not finite."""
+        losses, norms = torch.stack(self.window).cpu().unbind(1)  # (steps,) each
+        losses = self.world.from_all(float(losses.mean()))  # of each process's rows
+        loss, norm = sum(losses) / len(losses), float(norms.max())
+        if not math.isfinite(loss + norm):
+            raise FloatingPointError(
+                f"training stopped at step {self.steps}: loss {loss}, gradient norm {norm}. A "
+                "smaller lr or clip may help; the last checkpoint remains")
+        note = " gradient explodes" if norm > 1e3 else ""
+        note = " gradient vanishes" if float(norms.min()) < 1e-6 else note
+        speed = len(self.window) * self.options["batch"] * self.options["context"] / took
+        left = max(0, self.seconds * (1 / self.done() - 1))
+        if self.world.rank == 0:
+            print(f"step {self.steps:,} ({left:.0f} s left) {measures(loss)} grad {norm:.2g} "
+                  f"{speed:,.0f} chars/s{note}", flush=True)
+        return loss
+
+    def measure(self, loss):
+        """Evaluate, and keep the model if it is the best so far."""
+        value, context = 0.0, min(256, max(1, 2**28 // (64 * len(self.vocab))))  # 1 GiB of logits
+        if self.world.rank == 0:
+            value = rnn.evaluate(self.model, self.val_ids, 64, context)
+            print(f"step {self.steps:,} held-out {measures(value)}", flush=True)
+        (value,) = self.world.rank_0_says(value)
+        if not math.isfinite(value):
+            raise FloatingPointError(f"training stopped at step {self.steps}: held-out loss "
+                                     f"{value}; the last checkpoint remains")
+        self.history.append((self.steps, loss, value))
+        self.stale = 0 if value < self.best else self.stale + 1
+        self.halvings += self.stale > 0 and self.stale % 2 == 0
+        if value < self.best:
+            self.best, self.best_weights = value, copy.deepcopy(self.model.state_dict())
+            self.keep("best.pt")
+
+    def content(self):
+        """All that is needed to go on from this moment, in any number of processes."""
+        states = self.world.from_all(rnn.map_state(torch.Tensor.cpu, self.state))
+        return {"run": {name: getattr(self, name) for name in self.KEPT}, "best": self.best_weights,
+                "state": rnn.map_state(lambda *s: torch.cat(s, dim=1), *states),
+                "optimizer": self.optimizer.state_dict(), "batches": self.batches.state_dict()}
+
+    def keep(self, name):
+        """Write a checkpoint."""
+        content = self.content()
+        if self.world.rank == 0:
+            rnn.save(self.out / name, self.model, self.vocab, options=self.options,
+                     notes=self.notes, **content)
+
+    def resume(self, kept):
+        """Go on from what a checkpoint kept. What is missing or damaged shows now, not later."""
+        kept = copy.deepcopy(kept) if isinstance(kept, dict) else {}
+        check_stored("options", kept.get("options"), self.options)
+        wrong = [f"{name}={self.options[name]} (it was {old})"
+                 for name, old in kept["options"].items() if self.options[name] != old]
+        if wrong:
+            raise ValueError("a run cannot be resumed with other values: " + ", ".join(wrong))
+        for part, like in self.content().items():
+            check_stored(part, kept.get(part), like)
+        for name in self.KEPT:
+            setattr(self, name, kept["run"][name])
+        self.best_weights, device = kept["best"], self.batches.ids.device
+        self.state = rnn.map_state(lambda s: self.world.share(s.to(device), 1), kept["state"])
+        self.optimizer.load_state_dict(kept["optimizer"])
+        self.batches.load_state_dict(kept["batches"])
+
+
+def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, batch=32,
+          context=64, order="sequential", lr=4e-3, warmup=20, schedule="cosine",
+          weight_decay=0.01, clip=1.0, accumulate=1, dtype=torch.float32, seed=0, evals=10,
+          patience=None, resume=None, notes=None, stop=lambda: False, world=None):
+    """Train a CharLM on ids (N,), with all that a long run wants. Returns a dict: "val_loss" (nats
+    per symbol, of the best checkpoint, whose weights the model then has), "steps", "seconds",
+    "chars_per_s", "history" (a list of (step, training loss, val_loss)).
+
+    steps or seconds  the length of the whole run with its evaluations, one of the two
+    batch, order      rows, of all processes together; see rnn.Batches
+    lr, warmup        AdamW's rate rises for this many steps, then falls
+    schedule          how it falls: by a "cosine", to 3 %; or on a "plateau", two evaluations
+                      without a new best, to half
+    clip              largest norm of the gradient; math.inf: no clipping
+    accumulate        compute the gradient of a batch in this many parts
+    dtype             torch.bfloat16 runs the model under autocast
+    seed              torch's global random numbers follow from it, anew at every step
+    evals             how often to evaluate on val_ids
+    patience          stop after this many evaluations in a row without a new best
+    out               folder for best.pt, and for last.pt with all that is needed to go on
+    resume            the third result of `rnn.load`, with the model of the same: go on there,
+                      as if never interrupted if steps or seconds are as before
+    notes             a dict that the checkpoints keep
+    stop              is asked after every step: True ends the run there, evaluated and kept
+    world             the processes that train together; see Alone
+
+    Raises ValueError for bad values, OSError if `out` cannot be written, FloatingPointError when a
+    loss or gradient is no longer finite; the last good checkpoint then remains."""
+    options = {"batch": batch, "context": context, "order": order, "lr": lr, "warmup": warmup,
+               "schedule": schedule, "weight_decay": weight_decay, "clip": clip, "seed": seed,
+               "accumulate": accumulate, "dtype": str(dtype), "symbols": len(train_ids)}
+    world = world or Alone()
+    batches = Shares(world, train_ids, batch, context, order, seed)
+    at_least_1 = min(evals, 1 if patience is None else patience)
+    for fine, message in (
+        ((steps is None) != (seconds is None) and (steps or seconds or 0) > 0,
+         f"give either steps or seconds, above 0; got {steps=}, {seconds=}"),
+        (schedule in ("cosine", "plateau"),
+         f"schedule must be 'cosine' or 'plateau', got '{schedule}'"),
+        (at_least_1 >= 1 and warmup >= 0, "evals, patience must be at least 1, warmup at least 0; "
+         f"got {evals=} {patience=} {warmup=}"),
+        (2 <= len(vocab) == model.vocab_size and len(val_ids) >= 2,
+         "training needs two different symbols, a model for just as many, and two symbols to "
+         f"evaluate on; got {len(vocab)}, {model.vocab_size} and {len(val_ids)}"),
+    ):
+        if not fine:
+            raise ValueError(message)
+
+    run = Run(model, vocab, batches, val_ids, pathlib.Path(out), world, (steps, seconds), evals,
+              options, notes, weight_decay=weight_decay, clip=clip, accumulate=accumulate,
+              dtype=dtype, seed=seed + world.rank)  # what is dropped differs between processes
+    if resume is not None:
+        run.resume(resume)
+        if run.done() >= 1 and not run.history:
+            raise ValueError(f"cannot resume: step {run.steps:,} is beyond {steps=}, {seconds=}, "
+                             "and no evaluation was made")
+    run.runs = world.replica(model)
+    first_step = run.steps
+    run.begin()
+    while run.done() < 1 and not run.ending and (patience is None or run.stale < patience):
+        done = run.done() if schedule == "cosine" else 0.0
+        halved = 1.0 if schedule == "cosine" else 0.5**run.halvings
+        run.step(halved * rnn.learning_rate(lr, warmup, run.steps, done), stop)
+
+    model.load_state_dict(run.best_weights)
+    return {"val_loss": run.best, "steps": run.steps, "seconds": run.seconds,
+            "chars_per_s": (run.steps - first_step) * batch * context / max(run.busy, 1e-9),
+            "history": run.history}
+
+
+@contextlib.contextmanager
+def ctrl_c_between_steps():
+    """Ctrl-C leaves a mark, to be looked at between two steps, so that no step is cut in half; a
+    second one interrupts at once. Only the main thread can do this; in others nothing changes.
+    Yields a function that says whether there is a mark."""
+    pressed = []
+
+    def handler(number, frame):
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, handler) if main else None
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, before)
+
+
+def evaluate_windows(model, ids, window=256, stride=64, batch=64):
+    """The mean loss over windows of a text, each read from no state: one of `window` predictions
+    begins at every `stride`-th symbol. This is nanoGPT's measure (which draws windows at random).
+    A window's first predictions see little of the text, so it is above `rnn.evaluate`'s. In nats
+    per symbol. Raises ValueError if not one window fits into ids (L,)."""
+    if len(ids) < window + 1 or window < 1:
+        raise ValueError(f"a text of {len(ids)} symbols has no window of {window} predictions")
+    windows = ids.unfold(0, window + 1, stride)  # (windows, window + 1)
+    with rnn.evaluating(model):
+        losses = [rnn.cross_entropy(model(rows[:, :-1])[0], rows[:, 1:], reduction="sum").double()
+                  for rows in windows.split(batch)]
+    return float(sum(losses)) / (len(windows) * window)
+
+
+# ----------------------------------------------------------------------------------------------
 # Looking inside: a page with held-out text, coloured by what single cells do
 
 SCORED, SHOWN = 60_000, 1_500  # characters that cells are scored on, and that the page shows
@@ -129,12 +458,10 @@ def features(text):
     return found
 
 
-def listen(rnn, model, ids):
+def listen(model, ids):
     """Let the network read ids (T,). Returns the activation of every cell, (T, layers * H), which
     is tanh(c) where there is a c, else h; the mean of the gate that keeps the state, f or z, (T,),
     or None for an RNN; and the surprise, the nats that each symbol but the first cost, (T,)."""
-    import torch
-
     cells, gates, losses = [], [], []
     gate = {4: "f", 3: "z"}.get(model.rnn.gates)
     with rnn.evaluating(model):
@@ -155,8 +482,6 @@ def choose(cells, found):
     """For every feature the cell that follows it most closely, by the correlation over the first
     half of the text. Returns a list of (feature, cell, correlation over the second half, which had
     no part in the choice), the clearest first, and the names of features too rare to tell."""
-    import torch
-
     chosen, rare = [], []
     half = len(cells) // 2
 
@@ -208,9 +533,9 @@ def mean_by_kind(gate, text):
     return ", ".join(f"{gate[at].mean():.2f} at {name}" for name, at in places.items() if at)
 
 
-def make_page(rnn, model, history, ids, text, about):
+def make_page(model, history, ids, text, about):
     """The page as HTML, all in one, of a text and its ids (T,)."""
-    cells, gate, surprise = listen(rnn, model, ids)
+    cells, gate, surprise = listen(model, ids)
     chosen, rare = choose(cells, features(text))
     half = len(cells) // 2  # shown is the part on which the cells are judged, from a speech on
     speech = text.find("\n\n", half, half + 1000)
@@ -243,7 +568,7 @@ def make_page(rnn, model, history, ids, text, about):
     return page
 
 
-def look_inside(rnn, model, vocab, training, args):
+def look_inside(model, vocab, training, args):
     """Write the page of --show, about the last tenth of the text, or as much of it as it takes."""
     if not isinstance(model, rnn.CharLM) or vocab.words:
         raise ValueError(f"--show needs a CharLM of characters, {args.sample} is a "
@@ -255,12 +580,12 @@ def look_inside(rnn, model, vocab, training, args):
     if len(text) < 2:
         raise ValueError(f"--show needs two characters in the last tenth of a text, {name} has "
                          f"{len(text)} there")
-    run = training.get("run", {"step": 0, "history": []})
-    about = (f"{args.sample}, a character model with {model.rnn} after {run['step']:,} steps, "
+    run = training.get("run", {"steps": 0, "history": []})
+    about = (f"{args.sample}, a character model with {model.rnn} after {run['steps']:,} steps, "
              f"reads the last tenth of {name}, "
              + ("which it was not trained on." if known else "not the text it was trained on."))
     ids = vocab.encode(text).to(model.output.weight.device)
-    page = make_page(rnn, model, run["history"], ids, text, about)
+    page = make_page(model, run["history"], ids, text, about)
     pathlib.Path(args.show).write_text(page, encoding="utf-8")
     print(f"page: {args.show}")
 
@@ -340,80 +665,6 @@ show(views[0]);
 """
 
 # ----------------------------------------------------------------------------------------------
-# Around the training: several processes, Ctrl-C, nanoGPT's measure
-
-
-class Together:
-    """The processes of torchrun train one model; the same methods as `rnn.Alone`. Each reads its
-    share of every batch's rows, and DistributedDataParallel gives all of them the mean gradient.
-    The clock, Ctrl-C and the held-out text are rank 0's business; it tells the others. Takes
-    torch.distributed, initialized, with a backend that serves the CPU too."""
-
-    def __init__(self):
-        import torch.distributed as dist
-
-        self.dist, self.rank, self.count = dist, dist.get_rank(), dist.get_world_size()
-
-    def replica(self, model):
-        import torch
-
-        return torch.nn.parallel.DistributedDataParallel(model)
-
-    def share(self, tensor, dim=0):
-        rows = tensor.shape[dim]
-        if rows % self.count:
-            raise ValueError(f"batch must be a multiple of the {self.count} processes, got {rows}")
-        return tensor.chunk(self.count, dim)[self.rank]
-
-    def rank_0_says(self, *numbers):
-        import torch
-
-        numbers = torch.tensor(numbers, dtype=torch.float64)
-        self.dist.broadcast(numbers, 0)
-        return numbers.tolist()
-
-    def from_all(self, value):
-        values = [None] * self.count
-        self.dist.all_gather_object(values, value)
-        return values
-
-
-@contextlib.contextmanager
-def ctrl_c_between_steps():
-    """Ctrl-C leaves a mark, to be looked at between two steps, so that no step is cut in half; a
-    second one interrupts at once. Only the main thread can do this; in others nothing changes.
-    Yields a function that says whether there is a mark."""
-    pressed = []
-
-    def handler(number, frame):
-        if pressed:
-            raise KeyboardInterrupt
-        pressed.append(number)
-
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, handler) if main else None
-    try:
-        yield lambda: bool(pressed)
-    finally:
-        if main:
-            signal.signal(signal.SIGINT, before)
-
-
-def evaluate_windows(rnn, model, ids, window=256, stride=64, batch=64):
-    """The mean loss over windows of a text, each read from no state: one of `window` predictions
-    begins at every `stride`-th symbol. This is nanoGPT's measure (which draws windows at random).
-    A window's first predictions see little of the text, so it is above `rnn.evaluate`'s. In nats
-    per symbol. Raises ValueError if not one window fits into ids (L,)."""
-    if len(ids) < window + 1 or window < 1:
-        raise ValueError(f"a text of {len(ids)} symbols has no window of {window} predictions")
-    windows = ids.unfold(0, window + 1, stride)  # (windows, window + 1)
-    with rnn.evaluating(model):
-        losses = [rnn.cross_entropy(model(rows[:, :-1])[0], rows[:, 1:], reduction="sum").double()
-                  for rows in windows.split(batch)]
-    return float(sum(losses)) / (len(windows) * window)
-
-
-# ----------------------------------------------------------------------------------------------
 # The job
 
 
@@ -465,7 +716,7 @@ def settle(args, defaults, stored, path):
     return {**defaults, **{k: v for k, v in stored.items() if k in defaults}, **given}
 
 
-def build_fused(rnn, cell):
+def build_fused(cell):
     """Compile the fused LSTM if it may and can be used; otherwise say in one line why not."""
     if cell != "lstm" or rnn.fused or rnn.FUSED == "0":
         return bool(rnn.fused)
@@ -482,8 +733,6 @@ def build_fused(rnn, cell):
 def fast_dtype(device):
     """bfloat16 where the device multiplies matrices of it (AVX-512's products of pairs are no
     quicker than float32), else float32."""
-    import torch
-
     if device.startswith("cuda"):
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -504,8 +753,6 @@ def first_line(error):
 def choose_device(name, on_its_own):
     """The device to run on; ValueError if it cannot be used. Of several processes each has a GPU of
     its own, which is what "cuda" means from then on."""
-    import torch
-
     device = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         if device == "cuda" and not on_its_own:
@@ -516,35 +763,33 @@ def choose_device(name, on_its_own):
     return device
 
 
-def write(rnn, model, vocab, args, length, stream):
+def write(model, vocab, args, length, stream):
     """Let the model write, as the flags say."""
     rnn.generate(model, vocab, args.prompt, length, args.temperature, args.top_k, args.seed, stream)
     print(file=stream)
 
 
-def only_sample(rnn, args, device):
+def only_sample(args, device):
     model, vocab, training = rnn.load(args.sample, device)
     if args.show:
-        return look_inside(rnn, model, vocab, training, args)
+        return look_inside(model, vocab, training, args)
     if not isinstance(model, rnn.CharLM):
         raise ValueError(f"{args.sample} is a {type(model).__name__}, which cannot write: "
                          "a CharLM can")
-    build_fused(rnn, model.config["cell"])
-    write(rnn, model, vocab, args, args.length, sys.stdout)
+    build_fused(model.config["cell"])
+    write(model, vocab, args, args.length, sys.stdout)
 
 
-def train(rnn, args, device, world):
-    import torch
-
+def job(args, device, world):
     resumed, stored = None, {}
     if args.resume:
         model, vocab, resumed = rnn.load(args.resume, device)
         notes = {**TRAINING, **LENGTH, "dtype": "", "sha256": ""}
-        rnn.check_stored("notes", resumed.get("notes"), notes)
+        check_stored("notes", resumed.get("notes"), notes)
         stored = {**model.config, **resumed["notes"]}
     settings = settle(args, {**MODEL, **TRAINING}, stored, args.resume)
     model_settings = {name: settings.pop(name) for name in MODEL}
-    if once(world, lambda: build_fused(rnn, model_settings["cell"])) and not rnn.fused:
+    if once(world, lambda: build_fused(model_settings["cell"])) and not rnn.fused:
         rnn.build()  # takes what rank 0 has compiled
     settings["dtype"] = settings["dtype"] or fast_dtype(device)
     length = {"steps": args.steps or 0, "seconds": args.seconds or 0}
@@ -561,7 +806,7 @@ def train(rnn, args, device, world):
         vocab = rnn.Vocab.of(text)
         torch.manual_seed(settings["seed"])
         model = rnn.initialize(rnn.CharLM(len(vocab), **model_settings)).to(device)
-    write(rnn, model, vocab, args, 0, io.StringIO())  # a bad prompt must show now, not at the end
+    write(model, vocab, args, 0, io.StringIO())  # a bad prompt must show now, not at the end
     ids = vocab.encode(text).to(device)
     train_ids, val_ids = ids[: int(0.9 * len(ids))], ids[int(0.9 * len(ids)) :]
     params = sum(p.numel() for p in model.parameters())
@@ -580,28 +825,24 @@ def train(rnn, args, device, world):
     out = args.out or (os.path.dirname(args.resume) or "." if args.resume else "out")
     evals = 10 if "steps" in length else min(10, max(1, int(length["seconds"] / 30)))
     with ctrl_c_between_steps() as pressed:
-        result = rnn.train(model, vocab, train_ids, val_ids, out, evals=evals, resume=resumed,
-                           notes=notes, stop=pressed, world=world,
-                           **{**settings, **length, "dtype": dtype})
+        result = train(model, vocab, train_ids, val_ids, out, evals=evals, resume=resumed,
+                       notes=notes, stop=pressed, world=world,
+                       **{**settings, **length, "dtype": dtype})
     if world.rank > 0:
         return
     loss, window = result["val_loss"], min(256, len(val_ids) - 1)
-    windowed = evaluate_windows(rnn, model, val_ids, window)
+    windowed = evaluate_windows(model, val_ids, window)
     print(f"final val_loss={loss:.4f} nats bpc={loss / math.log(2):.4f} "
           f"ppl={math.exp(loss):.3f} chars_per_s={result['chars_per_s']:.0f} "
           f"seconds={result['seconds']:.1f} params={params} windows_of_{window}={windowed:.4f}")
     print(f"sample, from {out}/best.pt at temperature {args.temperature}:")
-    write(rnn, model, vocab, args, args.length, sys.stdout)
+    write(model, vocab, args, args.length, sys.stdout)
 
 
 def main(argv=None):
     args = make_parser().parse_args(argv)
     if args.no_fused:
-        os.environ["RNN_FUSED"] = "0"  # read when rnn is imported
-    import torch
-
-    import rnn
-
+        rnn.fused, rnn.FUSED = None, "0"
     for name in ("steps", "seconds"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
@@ -611,16 +852,16 @@ def main(argv=None):
     on_its_own = not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys()  # else: of torchrun
     device = choose_device(args.device, on_its_own)
     if args.sample:
-        return only_sample(rnn, args, device)
+        return only_sample(args, device)
     if on_its_own:
-        return train(rnn, args, device, rnn.Alone())
+        return job(args, device, Alone())
     # DistributedDataParallel imports this module. If it does so later, its functions' defaults
     # keep the process group, whose threads would then live on and can abort the exit.
     import torch.distributed.nn
 
     on_gpu = device.startswith("cuda")
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
-    train(rnn, args, device, Together())
+    job(args, device, Together())
     torch.distributed.barrier()  # none leaves while another still talks to it
     torch.distributed.destroy_process_group()
 

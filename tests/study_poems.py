@@ -15,6 +15,7 @@ import torch
 from study import COLOURS, NAMES, save_figure, show_table
 
 import rnn
+from train_shakespeare import train
 
 POETS = ["Li Bai", "Wang Zhihuan", "Meng Haoran", "Liu Zongyuan"]
 POEMS = ["床前明月光,疑是地上霜。举头望明月,低头思故乡。",
@@ -32,8 +33,8 @@ def learn(cell="rnn", layers=2, context=10, steps=400, seed=0):
     model = rnn.CharLM(len(vocab), hidden=24, layers=layers, cell=cell, one_hot=True)
     rnn.initialize(model)
     with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
-        result = rnn.train(model, vocab, ids, ids, out, steps=steps, batch=16, context=context,
-                           order="random", lr=2e-2, seed=seed, evals=20)
+        result = train(model, vocab, ids, ids, out, steps=steps, batch=16, context=context,
+                       order="random", lr=2e-2, seed=seed, evals=20)
     return model, vocab, result["history"]
 
 

@@ -23,6 +23,7 @@ from study_memory import gradient_by_distance, memory
 from torch import nn
 
 import rnn
+from train_shakespeare import train
 
 # Lines of the table: group, name, settings of `run`.
 LINES = [
@@ -125,10 +126,10 @@ def run(vocab, train_ids, val_ids, seed, steps, symbols=2048, pieces=None, **set
         train_ids = cut[torch.randperm(len(cut))].flatten()
     with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
         try:
-            result = rnn.train(model, vocab, train_ids, val_ids, out, steps=steps, seed=seed,
-                               batch=symbols // options["context"], **options)
+            result = train(model, vocab, train_ids, val_ids, out, steps=steps, seed=seed,
+                           batch=symbols // options["context"], **options)
         except FloatingPointError:
-            result = {"val_loss": math.inf, "step": 0, "history": [(0, math.inf, math.inf)]}
+            result = {"val_loss": math.inf, "steps": 0, "history": [(0, math.inf, math.inf)]}
     return result, model
 
 
@@ -211,7 +212,7 @@ def test_early_stopping_costs_no_more_and_gains_nothing():
     vocab = rnn.Vocab("0123456789")
     full, stopped = (run(vocab, ids[:300], ids[300:], 0, 100, 128, context=16, hidden=16,
                          **PLATEAU, patience=patience)[0] for patience in (None, 5))
-    assert stopped["step"] < full["step"] == 100
+    assert stopped["steps"] < full["steps"] == 100
     assert full["val_loss"] <= stopped["val_loss"] < full["history"][-1][2]
 
 
@@ -302,7 +303,7 @@ def learn_by_heart(vocab, train_ids, val_ids, seeds):
         runs = [run(vocab, train_ids, val_ids, seed, steps, 512, context=32, **settings)[0]
                 for seed in range(seeds)]
         rows.append([name, spread([r["val_loss"] for r in runs]),
-                     spread([r["step"] for r in runs], ".0f")])
+                     spread([r["steps"] for r in runs], ".0f")])
     show_table(["", "lowest", "steps"], rows)
 
 

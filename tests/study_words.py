@@ -18,6 +18,7 @@ import torch
 from study import show_table, text_and_fused_lstm
 
 import rnn
+from train_shakespeare import train
 
 STEPS = 500  # of 32 x 35 symbols: twice through the text
 # name: the model, its training
@@ -38,8 +39,8 @@ def learn(vocab, train_ids, val_ids, model, training, steps):
     torch.manual_seed(0)
     model = rnn.initialize(rnn.CharLM(len(vocab), **model))
     with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
-        return model, rnn.train(model, vocab, train_ids, val_ids, out, steps=steps, context=35,
-                                evals=1, **training)
+        return model, train(model, vocab, train_ids, val_ids, out, steps=steps, context=35,
+                            evals=1, **training)
 
 
 def frequencies_alone(vocab, train_ids, val_ids):

@@ -24,7 +24,7 @@ import torch
 from conftest import build_fused
 
 import rnn
-import train_shakespeare
+import train_shakespeare as script
 
 KILLS = int(os.environ.get("RNN_KILLS", 3))
 EVERY = int(os.environ.get("RNN_EVERY", 199))
@@ -42,7 +42,7 @@ def folder(tmp_path, monkeypatch, text):
 
 
 def main(*arguments):
-    train_shakespeare.main([*map(str, arguments)])
+    script.main([*map(str, arguments)])
 
 
 def same(a, b):
@@ -92,7 +92,7 @@ def killing(folder, threads, path, kills, answer):
         rnn.build()
     else:
         rnn.fused, rnn.FUSED = None, "0"
-    r, seen, train = random.Random(f"{threads} {path}"), collections.Counter(), rnn.train
+    r, seen, train = random.Random(f"{threads} {path}"), collections.Counter(), script.train
 
     def begin(out, saving=False):
         pid = os.fork()
@@ -102,7 +102,7 @@ def killing(folder, threads, path, kills, answer):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             torch.set_num_threads(threads)
             rnn.build = lambda: None
-            rnn.train = lambda *a, **k: train(*a, **{**k, "evals": 30})  # saves all the time
+            script.train = lambda *a, **k: train(*a, **{**k, "evals": 30})  # saves all the time
             if saving:
                 die_while_saving(r)
             resume = ["--resume", f"{out}/last.pt"] if os.path.exists(f"{out}/last.pt") else [
@@ -296,7 +296,7 @@ def put(value, *keys):
 
 @pytest.mark.parametrize("change", [
     *(drop(name) for name in ("options", "run", "best", "notes", "state", "optimizer", "batches")),
-    drop("run", "step"), put("x", "run", "step"), put(None, "run"), put([], "notes"),
+    drop("run", "steps"), put("x", "run", "steps"), put(None, "run"), put([], "notes"),
     drop("notes", "sha256"), put("4", "notes", "batch"), put(torch.zeros(3), "state"),
     put((torch.zeros(1, 4, 5),) * 2, "state"), put({}, "best"), put({"x": 1}, "best"),
     put(torch.zeros(1), "best", "output.weight"), put({}, "optimizer"),
@@ -320,14 +320,14 @@ def test_a_damaged_run_shows_before_any_work(checkpoint, capsys, change):
 
 
 def test_a_damaged_part_is_named(checkpoint):
-    """In rnn.train, with the options of the run itself."""
+    """In train, with the options of the run itself."""
     model, vocab, training = rnn.load(checkpoint[0])
-    training["run"]["step"] = "x"
+    training["run"]["steps"] = "x"
     options = {**training["options"], "dtype": torch.float32}
     ids = torch.arange(options.pop("symbols")) % len(vocab)
-    with pytest.raises(ValueError, match="cannot resume: the checkpoint's part 'run' is .*'step': "
-                                         "'str'.*, expected .*'step': 'number'"):
-        rnn.train(model, vocab, ids, ids, "again", steps=40, resume=training, **options)
+    with pytest.raises(ValueError, match="cannot resume: the checkpoint's part 'run' is .*'steps': "
+                                         "'str'.*, expected .*'steps': 'number'"):
+        script.train(model, vocab, ids, ids, "again", steps=40, resume=training, **options)
     assert not os.path.exists("again")
 
 
@@ -342,8 +342,8 @@ def test_what_is_no_character_model(folder):
             main("--resume", name, "--data", "text.txt")
     for resume in ({}, 3, [1]):
         with pytest.raises(ValueError, match="cannot resume"):
-            rnn.train(rnn.CharLM(2, hidden=4), vocab, torch.tensor([0, 1] * 99),
-                      torch.tensor([0, 1]), "out", steps=1, batch=1, context=8, resume=resume)
+            script.train(rnn.CharLM(2, hidden=4), vocab, torch.tensor([0, 1] * 99),
+                         torch.tensor([0, 1]), "out", steps=1, batch=1, context=8, resume=resume)
     assert not os.path.exists("out")
 
 
@@ -403,8 +403,8 @@ def test_all_of_unicode(folder):
     ids = vocab.encode(text)
     assert len(vocab) == len(text) == 1_112_064 and vocab.decode(ids) == text
     model = rnn.CharLM(len(vocab), embed=2, hidden=2)
-    result = rnn.train(model, vocab, ids[:-10], ids[-10:], "out", steps=1, batch=1, context=8,
-                       evals=1)
+    result = script.train(model, vocab, ids[:-10], ids[-10:], "out", steps=1, batch=1, context=8,
+                          evals=1)
     assert result["val_loss"] == pytest.approx(math.log(len(vocab)), rel=0.2)
     model, vocab, _ = rnn.load("out/last.pt")
     assert model.vocab_size == len(vocab) == len(text)
@@ -438,8 +438,8 @@ def test_memory_stays_constant(folder, monkeypatch, path):
     vocab = rnn.Vocab.of(text)
     ids = vocab.encode(text)
     model = rnn.CharLM(len(vocab), embed=16, hidden=64, layers=2, dropout=0.1)
-    rnn.train(model, vocab, ids[:-300], ids[-300:], "out", steps=LONG, batch=8, context=32,
-              evals=60)
+    script.train(model, vocab, ids[:-300], ids[-300:], "out", steps=LONG, batch=8, context=32,
+                 evals=60)
     third = len(samples) // 3
     early, late = samples[third : 2 * third], samples[2 * third :]
     for name, k in (("MiB resident", 1), ("tensors", 2)):

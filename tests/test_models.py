@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_packed_sequence
 
 import rnn
+from train_shakespeare import train
 
 CELLS = ["lstm", "gru", "rnn"]
 OWN = {"peephole": PeepholeLSTM, "lnlstm": LayerNormLSTM}
@@ -631,7 +632,7 @@ def run(text, out, **options):
     split = int(0.9 * len(ids))
     settings = {"batch": 4, "context": 16, "lr": 1e-2, "evals": 2}
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        result = rnn.train(model, vocab, ids[:split], ids[split:], out, **{**settings, **options})
+        result = train(model, vocab, ids[:split], ids[split:], out, **{**settings, **options})
     return model, result, printed.getvalue()
 
 
@@ -661,7 +662,7 @@ def test_resumed_equals_uninterrupted(text, tmp_path, options):
     asked = itertools.count(1)
     _, half, _ = run(text, tmp_path / "parts", steps=24, evals=3,
                      stop=lambda: next(asked) == 11, **options)
-    assert half["step"] == 11 and [h[0] for h in half["history"]] == [8, 11]
+    assert half["steps"] == 11 and [h[0] for h in half["history"]] == [8, 11]
     model, vocab, training = rnn.load(tmp_path / "parts" / "last.pt")
     options.pop("config", None)
     torch.manual_seed(99)  # must not matter
@@ -671,6 +672,37 @@ def test_resumed_equals_uninterrupted(text, tmp_path, options):
     for (name, a), b in zip(last.named_parameters(), resumed.parameters()):
         assert torch.equal(a, b), name
     assert [h[::2] for h in result["history"]] == [h[::2] for h in expected["history"]]
+
+
+@pytest.mark.parametrize("order", ["sequential", "random"])
+def test_the_loop_alone_takes_the_same_steps(vocab, ids, tmp_path, order):
+    """rnn.train, without all that train_shakespeare.train puts around the steps."""
+    models = [small(vocab, layers=2, dropout=0.3) for _ in range(2)]
+    batches = rnn.Batches(ids, 4, 16, order)
+    taken = list(rnn.train(models[0], batches, 20, 1e-2, clip=0.1, accumulate=2))
+    assert [step for step, _, _ in taken] == list(range(1, 21))
+    with contextlib.redirect_stdout(io.StringIO()):
+        result = train(models[1], vocab, ids, ids, tmp_path, steps=20, batch=4, context=16,
+                       order=order, lr=1e-2, clip=0.1, accumulate=2, evals=20)
+    assert [loss for _, loss, _ in result["history"]] == [loss for _, loss, _ in taken]
+    last = rnn.load(tmp_path / "last.pt")[0]
+    for a, b in zip(last.parameters(), models[0].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("options,message", [
+    ({"steps": 0}, "steps=0"), ({"warmup": -1}, "warmup=-1"), ({"clip": 0.0}, "clip=0.0"),
+    ({"clip": math.nan}, "clip=nan"), ({"accumulate": 0}, "accumulate=0"),
+    ({"dtype": torch.float64}, "dtype=torch.float64")], ids=str)
+def test_the_loop_alone_wrong_arguments(vocab, ids, options, message):
+    with pytest.raises(ValueError, match=message):
+        next(rnn.train(small(vocab), rnn.Batches(ids, 4, 16), **{"steps": 1, **options}))
+
+
+def test_the_loop_alone_stops_where_it_diverges(vocab, ids):
+    batches = rnn.Batches(ids, 4, 16)
+    with pytest.raises(FloatingPointError, match="training stopped at step [2-9]: loss=.*norm=nan"):
+        list(rnn.train(small(vocab), batches, 9, lr=1e38, warmup=0, clip=math.inf))
 
 
 def test_accumulation_gives_the_same_gradient(vocab, ids):
@@ -690,7 +722,7 @@ def test_accumulation_gives_the_same_gradient(vocab, ids):
 def test_early_stopping(text, tmp_path):
     _, result, _ = run(text, tmp_path, steps=400, evals=200, patience=3, lr=0.3)
     values = [value for _, _, value in result["history"]]
-    assert result["step"] < 400 and min(values[-3:]) >= min(values) == values[-4]
+    assert result["steps"] < 400 and min(values[-3:]) >= min(values) == values[-4]
     assert result["val_loss"] == values[-4]  # the best one, not the last one
 
 
@@ -706,7 +738,7 @@ def test_not_a_number_stops_with_the_reason(text, tmp_path, monkeypatch):
     with pytest.raises(FloatingPointError, match="loss nan, gradient norm"):
         run(text, tmp_path, steps=100)
     good, _, training = rnn.load(tmp_path / "last.pt")
-    assert training["run"]["step"] == 50
+    assert training["run"]["steps"] == 50
     assert all(p.isfinite().all() for p in good.parameters())
 
 
@@ -736,7 +768,7 @@ def test_ctrl_c_leaves_the_last_checkpoint(text, tmp_path, monkeypatch):
     monkeypatch.setattr(rnn, "backpropagate", interrupting)
     with pytest.raises(KeyboardInterrupt):
         run(text, tmp_path, steps=24, evals=3)
-    assert rnn.load(tmp_path / "last.pt")[2]["run"]["step"] == 8
+    assert rnn.load(tmp_path / "last.pt")[2]["run"]["steps"] == 8
     assert sorted(os.listdir(tmp_path)) == ["best.pt", "last.pt"]
 
 
@@ -748,7 +780,7 @@ def test_ctrl_c_leaves_the_last_checkpoint(text, tmp_path, monkeypatch):
     ({"seconds": math.nan}, "seconds=nan"), ({"steps": 1, "evals": 0}, "evals=0"),
     ({"steps": 1, "patience": 0}, "patience=0"), ({"steps": 1, "clip": -1.0}, "clip=-1.0"),
     ({"steps": 1, "accumulate": 0}, "accumulate=0"), ({"steps": 1, "warmup": -1}, "warmup=-1"),
-    ({"steps": 1, "dtype": torch.float16}, "got torch.float16"),
+    ({"steps": 1, "dtype": torch.float16}, "dtype=torch.float16"),
 ])
 def test_train_wrong_arguments(text, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
@@ -790,7 +822,7 @@ def test_resume_elsewhere_and_twice(text, tmp_path):
         for name in ("b", "c"):  # the same dict serves twice
             _, again, _ = run(text, tmp_path / name, steps=20, evals=2, model=model,
                               resume=training)
-            assert again["val_loss"] == first["val_loss"] and again["step"] == 20
+            assert again["val_loss"] == first["val_loss"] and again["steps"] == 20
     best = rnn.load(tmp_path / "a" / "best.pt")[0]
     assert all(torch.equal(a, b) for a, b in zip(best.parameters(), model.parameters()))
 
@@ -801,7 +833,7 @@ def test_resume_with_less_patience_or_nothing_to_do(text, tmp_path):
     training["run"] |= {"stale": 3}
     _, result, _ = run(text, tmp_path, steps=8, evals=2, lr=1e-9, warmup=0, model=model,
                        resume=training, patience=2)
-    assert result["step"] == 4
+    assert result["steps"] == 4
     training["run"]["history"] = []
     with pytest.raises(ValueError, match="step 4 is beyond steps=3.* no evaluation was made"):
         run(text, tmp_path, steps=3, lr=1e-9, warmup=0, model=model, resume=training)

@@ -51,8 +51,9 @@ def train(out, resume=None, at_11=None, cell="lstm", dropout=0.0, **options):
     world = train_shakespeare.Together() if dist.is_initialized() else None
     with (mock.patch.object(rnn, "backpropagate", backpropagate),
           train_shakespeare.ctrl_c_between_steps() as pressed):
-        return rnn.train(model, rnn.Vocab("abcdefgh"), IDS[:1800], IDS[1800:], str(out),
-                         resume=resume, stop=pressed, world=world, **settings)
+        return train_shakespeare.train(model, rnn.Vocab("abcdefgh"), IDS[:1800], IDS[1800:],
+                                       str(out), resume=resume, stop=pressed, world=world,
+                                       **settings)
 
 
 def ctrl_c():
@@ -91,7 +92,7 @@ def disk_full(folder, rank):
     save = rnn.save
 
     def fail(path, *args, **training):
-        if training["run"]["step"] > 0:
+        if training["run"]["steps"] > 0:
             raise OSError(28, "No space left on device")
         save(path, *args, **training)
 
@@ -136,7 +137,7 @@ def assert_same(a, b, **tolerances):
     assert one["state"][-1].shape[-2:] == (4, 6)  # all rows, H
     torch.testing.assert_close((a["weights"], one["best"], one["state"]),
                                (b["weights"], two["best"], two["state"]), **tolerances)
-    for name in ("step", "halvings", "stale"):
+    for name in ("steps", "halvings", "stale"):
         assert one["run"][name] == two["run"][name]
     assert [h[0] for h in one["run"]["history"]] == [h[0] for h in two["run"]["history"]]
     assert one["run"]["best"] == pytest.approx(two["run"]["best"], rel=1e-6)  # summed in float32
@@ -154,7 +155,7 @@ def test_two_processes_equal_one(folder, name):
     assert_same(folder / "one" / name / "last.pt", folder / "two" / name / "last.pt", **ROUNDING)
     one, two = results(folder)
     assert {**one[name], "chars_per_s": 0} == {**two[name], "chars_per_s": 0}
-    assert (one[name]["step"] < 20) == (name == "patience")
+    assert (one[name]["steps"] < 20) == (name == "patience")
 
 
 def test_resumed_by_another_number_of_processes(folder):
@@ -164,7 +165,7 @@ def test_resumed_by_another_number_of_processes(folder):
     train(folder / "rest" / "of two", resume=folder / "half" / "sequential" / "last.pt")
     for name in ("sequential", "of one", "of two"):
         assert_same(whole, folder / "rest" / name / "last.pt", **ROUNDING)
-    assert [result["half sequential"]["step"] for result in results(folder)] == [11, 11]
+    assert [result["half sequential"]["steps"] for result in results(folder)] == [11, 11]
 
 
 def test_resumed_with_dropout_is_the_same_bit_for_bit(folder):
@@ -177,7 +178,7 @@ def test_resumed_with_dropout_is_the_same_bit_for_bit(folder):
 
 def test_a_run_of_so_many_seconds_ends_everywhere(folder):
     one, two = (result["seconds"] for result in results(folder))
-    assert one["step"] == two["step"] > 0 and one["seconds"] == two["seconds"] >= 0.3
+    assert one["steps"] == two["steps"] > 0 and one["seconds"] == two["seconds"] >= 0.3
     assert one["history"] == two["history"]
 
 
@@ -189,21 +190,21 @@ def test_errors_reach_every_process(folder):
 
 def test_a_killed_process_ends_the_job_and_leaves_a_checkpoint(tmp_path):
     job, last = start("never_done", tmp_path), tmp_path / "last.pt"
-    while job.poll() is None and not (last.exists() and rnn.load(last)[2]["run"]["step"] > 0):
+    while job.poll() is None and not (last.exists() and rnn.load(last)[2]["run"]["steps"] > 0):
         time.sleep(0.1)
     os.kill(int((tmp_path / "pid1").read_text()), signal.SIGKILL)
     _, errors = job.communicate(timeout=120)
     assert job.returncode == 1 and "Signal 9" in errors
-    step = rnn.load(last)[2]["run"]["step"]
+    step = rnn.load(last)[2]["run"]["steps"]
     assert step > 0 and rnn.load(tmp_path / "best.pt")
-    assert train(tmp_path / "more", steps=step + 20, evals=2, resume=last)["step"] == step + 20
+    assert train(tmp_path / "more", steps=step + 20, evals=2, resume=last)["steps"] == step + 20
 
 
 def test_an_error_of_one_process_ends_the_job(tmp_path):
     job = start("disk_full", tmp_path)
     _, errors = job.communicate(timeout=120)
     assert job.returncode == 1 and "No space left on device" in errors
-    assert rnn.load(tmp_path / "last.pt")[2]["run"]["step"] == 0
+    assert rnn.load(tmp_path / "last.pt")[2]["run"]["steps"] == 0
 
 
 def test_the_script_in_two_processes_and_on_in_one(tmp_path, text, capsys):

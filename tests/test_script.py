@@ -84,6 +84,17 @@ def test_ctrl_c_ends_a_run_in_order(folder, monkeypatch, capsys):
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
 
+def test_no_fused(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(rnn, "fused", rnn.fused)  # restored afterwards
+    monkeypatch.setattr(rnn, "FUSED", rnn.FUSED)
+    train_shakespeare.main(["--data", "text.txt", "--no-fused", "--steps", "1", *map(str, SMALL),
+                            "--out", "plain"])
+    assert "plain path" in capsys.readouterr().out and rnn.fused is None
+    with pytest.raises(RuntimeError, match="forbids the fused LSTM"):
+        rnn.build()
+
+
 def test_a_second_ctrl_c_interrupts_at_once(folder, monkeypatch):
     monkeypatch.chdir(folder)
 
@@ -95,7 +106,7 @@ def test_a_second_ctrl_c_interrupts_at_once(folder, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         train_shakespeare.main(["--data", "text.txt", "--steps", "20", *map(str, SMALL), "--out",
                                 "twice"])
-    assert rnn.load("twice/last.pt")[2]["run"]["step"] == 0
+    assert rnn.load("twice/last.pt")[2]["run"]["steps"] == 0
 
 
 def test_training_outside_the_main_thread(folder, monkeypatch, capsys):
@@ -113,12 +124,12 @@ def test_windows_by_hand(text):
     ids, model = vocab.encode(text), rnn.CharLM(len(vocab), embed=8, hidden=12).double()
     losses = [rnn.cross_entropy(model(ids[None, k : k + 20])[0], ids[None, k + 1 : k + 21])
               for k in range(0, len(ids) - 20, 7)]
-    windowed = train_shakespeare.evaluate_windows(rnn, model, ids, window=20, stride=7, batch=16)
+    windowed = train_shakespeare.evaluate_windows(model, ids, window=20, stride=7, batch=16)
     assert windowed == pytest.approx(torch.stack(losses).mean().item(), rel=1e-6)
-    one = train_shakespeare.evaluate_windows(rnn, model, ids, window=len(ids) - 1)
+    one = train_shakespeare.evaluate_windows(model, ids, window=len(ids) - 1)
     assert one == pytest.approx(rnn.evaluate(model, ids), rel=1e-6)
     with pytest.raises(ValueError, match="of 20 symbols has no window of 20 predictions"):
-        train_shakespeare.evaluate_windows(rnn, model, ids[:20], window=20)
+        train_shakespeare.evaluate_windows(model, ids[:20], window=20)
 
 
 def page(path):
@@ -193,7 +204,7 @@ def test_a_page_s_cell_is_the_one_that_was_planted(folder):
 def test_what_the_page_hears_is_what_the_network_does(folder):
     model, vocab, _ = rnn.load(folder / "out" / "best.pt")
     ids = vocab.encode((folder / "text.txt").read_text())[:1500]  # more than one piece
-    cells, gate, surprise = train_shakespeare.listen(rnn, model, ids)
+    cells, gate, surprise = train_shakespeare.listen(model, ids)
     with torch.no_grad():
         _, _, traces = model.rnn.trace(model.embedding(ids[:, None]))
         torch.testing.assert_close(cells, traces[0]["c"][:, 0].tanh())
@@ -390,9 +401,12 @@ text = "to be or not to be that is the question " * 50
 vocab = rnn.Vocab.of(text)
 ids = vocab.encode(text)
 model = rnn.initialize(rnn.CharLM(len(vocab), embed=8, hidden=32))
-result = rnn.train(model, vocab, ids[:1800], ids[1800:], "out", steps=150,
-                   batch=4, context=16, lr=2e-2)
-assert result["val_loss"] < 1, result
+batches = rnn.Batches(ids[:1800], batch=4, context=16)
+for step, loss, norm in rnn.train(model, batches, steps=150, lr=2e-2):
+    assert norm > 0
+assert step == 150 and loss < 1 and rnn.evaluate(model, ids[1800:]) < 1
+rnn.save("model.pt", model, vocab)
+model, vocab, _ = rnn.load("model.pt")
 print(rnn.generate(model, vocab, "to be", 20, temperature=0))
 """)
     done = subprocess.run([sys.executable, "-I", "use.py"], cwd=tmp_path, capture_output=True,
