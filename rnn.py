@@ -9,6 +9,7 @@ Dimensions   T  time steps (symbols in a chunk of text)    I  features that a la
              V  vocabulary (distinct symbols)              G  gates: 1 in RNN, 3 in GRU, 4 in LSTM
              N  rows, one per step of each sequence: T * B when all are equally long
              P  width of h in an LSTM with projection (proj_size); else h is H wide, as c is
+             L  symbols of a whole text                        M  symbols of a target sequence
 
 Equations    x input, h hidden state, c cell state, ' new value, * elementwise product. For all
              gates at once a = W_ih x + b_ih + W_hh h + b_hh with W_ih (G*H, I) and W_hh (G*H, H),
@@ -16,10 +17,11 @@ Equations    x input, h hidden state, c cell state, ' new value, * elementwise p
   RNN        h' = tanh(a)  or  relu(a)
   LSTM       i = sigmoid(a_i);  f = sigmoid(a_f)        input gate, forget gate
              g = tanh(a_g);     o = sigmoid(a_o)        candidate, output gate
-             c' = f * c + i * g                         forget some, add some
+             c' = f * c + i * g                         forget some, add some (where f is near 1,
+                                                        gradients go back through c undiminished)
              h' = o * tanh(c')                          show some; projected: W_hr (o * tanh(c'))
   GRU        r = sigmoid(a_r);  z = sigmoid(a_z)        reset gate, update gate
-             n = tanh(W_in x + b_in + r * (W_hn h + b_hn))
+             n = tanh(W_in x + b_in + r * (W_hn h + b_hn))    by the rows for n of W_ih, W_hh ...
              h' = (1 - z) * n + z * h                   renew some, keep some
 
 Units        Loss: nats per symbol. Perplexity: exp(loss). Bits per character (bpc): loss / ln 2.
@@ -51,8 +53,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 #
 # A cell takes gx, the input already multiplied: W_ih x + b_ih for all gates, (B, G*H); the state,
 # a tuple, (h,) or (h, c); and p, the parameters of its layer as attributes by torch's names. It
-# returns a dict of all that it computed, which begins with the new state, in order. So a cell of
-# your own is one short function, and nothing that happens inside is hidden: see `RNNBase.trace`.
+# returns a dict that begins with the new state, in order, followed by the gates. So a cell of your
+# own is one short function, and what happens inside can be looked at: see `RNNBase.trace`.
 # (Only inside is a state always a tuple. Layers take and return it as torch.nn's: RNN and GRU as
 # the tensor h, LSTM as the tuple (h, c).)
 
@@ -97,13 +99,6 @@ def original_gru_step(gx, state, p):
     return {"h": (1 - z) * n + z * h, "r": r, "z": z, "n": n}
 
 
-def map_state(function, *states):
-    """Apply a function to a state, whether a tensor (RNN, GRU) or a tuple of two (LSTM)."""
-    if isinstance(states[0], torch.Tensor):
-        return function(*states)
-    return tuple(function(*parts) for parts in zip(*states))
-
-
 class Parameters:
     """The parameters of one direction of one layer, as attributes."""
 
@@ -126,19 +121,20 @@ def scan(step, gx, sizes, state, p, reverse=False, keep=False):
     rows = gx.split(sizes)  # T x (B_t, G*H)
     kept = [None] * len(rows)
     for t in reversed(range(len(rows))) if reverse else range(len(rows)):
-        # Only the first n sequences have a step t. The others keep their state: their last one if
-        # they have ended, their first one if (in reverse) they are still to begin.
-        n, B = sizes[t], len(state[0])
-        new = step(rows[t], state if n == B else tuple(s[:n] for s in state), p)
-        state = tuple(new[name] if n == B else torch.cat((new[name], s[n:]))
-                      for name, s in zip(new, state))  # the first entries of new, as many as s
+        # Only the first k of the B sequences have a step t. The others keep their state: their last
+        # one if they have ended, their first one if (in reverse) they are still to begin.
+        k, B = sizes[t], len(state[0])
+        new = step(rows[t], state if k == B else tuple(s[:k] for s in state), p)
+        state = tuple(new[name] if k == B else torch.cat((new[name], s[k:]))
+                      for name, s in zip(new, state))  # zip ends with state: the gates are left out
         kept[t] = new if keep else {"h": new["h"]}
     return {name: torch.cat([new[name] for new in kept]) for name in kept[0]}, state
 
 
 # ----------------------------------------------------------------------------------------------
-# The fused LSTM, optional: csrc/ does what `plain_lstm` does in native code, where it is built.
-# RNN_FUSED=0 in the environment: never use it; 1: fail without it; unset: if it is there.
+# The fused LSTM, optional: csrc/ does what `plain_lstm` does in native code, where it is built and
+# for inputs that it can run. RNN_FUSED in the environment, 0: never use it; 1: fail if it is not
+# built; unset: use it if it is.
 
 
 def plain_lstm(x, h0, c0, w_ih, bias, w_hh, sizes, reverse):
@@ -160,7 +156,7 @@ if FUSED != "0":
 
 
 def build():
-    """Compile csrc/, unless that has been done, and let every LSTM use it from now on. Takes a C++
+    """Compile csrc/, unless that has been done, and let LSTMs use it from now on. Takes a C++
     compiler, ninja and half a minute; torch keeps the result. Raises RuntimeError if it fails."""
     global fused
     if fused:
@@ -182,6 +178,10 @@ def build():
 
 # ----------------------------------------------------------------------------------------------
 # Layers: drop-ins for torch.nn.RNN, LSTM, GRU
+#
+# forward -> _run -> for each layer and direction: _direction -> scan -> step, the cell. Before that
+# `_as_rows` and `_initial_state` check the input, and bring its four layouts into one: on a first
+# reading they may be skipped.
 
 
 class RNNBase(nn.Module):
@@ -193,7 +193,7 @@ class RNNBase(nn.Module):
     shapes to what `shapes` returns.
     """
 
-    step, gates, states = None, 1, 1  # the cell; its gate blocks; tensors in its state
+    step, gates, states = None, 1, 1  # the cell; its gate blocks; 1 for the state h, 2 for (h, c)
     nonlinearity = "tanh"
     variational = False  # set it to True for dropout by one mask for all steps of a sequence
 
@@ -223,14 +223,15 @@ class RNNBase(nn.Module):
         for name in ("input_size", "hidden_size", "num_layers"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be greater than zero, got {getattr(self, name)}")
-        p, size = self.dropout, self.proj_size
-        if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p <= 1:
-            raise ValueError(f"dropout should be a number in range [0, 1], got {p}")
+        dropout, size = self.dropout, self.proj_size
+        number = isinstance(dropout, (int, float)) and not isinstance(dropout, bool)
+        if not number or not 0 <= dropout <= 1:
+            raise ValueError(f"dropout should be a number in range [0, 1], got {dropout}")
         if size and not (0 < size < self.hidden_size and isinstance(self, LSTM)):
             raise ValueError(f"proj_size must be 0, or in an LSTM below hidden_size, got {size}")
-        if p and self.num_layers == 1:
+        if dropout and self.num_layers == 1:
             warnings.warn("dropout acts between layers and so needs num_layers greater than 1, "
-                          f"but got dropout={p} and num_layers=1", stacklevel=3)
+                          f"but got {dropout=} and num_layers=1", stacklevel=3)
 
     def _suffix(self, k, d):
         """What the names of parameters in layer k, direction d, end with."""
@@ -262,14 +263,14 @@ class RNNBase(nn.Module):
     def trace(self, input, hx=None):
         """As forward, with a third result: a list, in the order of the state, with all that each
         layer's cell computed in each direction: {"h": (T, B, H), ...} with cell states and gates
-        by name, laid out as the input. Gradients flow through all of them."""
+        by name, laid out as the input. They have gradients: a loss may be made of any of them."""
         return self._run(input, hx, keep=True)
 
     def _as_rows(self, input):
         """The input in the one layout that all that follows knows, rows as for `scan`, (N, I); the
         rows of each step; a function that gives rows the input's layout; and two indices into the
-        second dimension of a state: s[:, order] is (layers * directions, B, H) in the rows' order,
-        s[:, back] is what the caller gives and gets."""
+        second dimension of a state: s[:, to_rows] takes the sequences from the caller's order to
+        that of the rows, s[:, to_caller] back; for a single one they add and drop the dimension."""
         packed = isinstance(input, PackedSequence)
         x, weight = input.data if packed else input, getattr(self, "weight_ih" + self._suffix(0, 0))
         if not packed and x.dim() not in (2, 3):
@@ -283,10 +284,10 @@ class RNNBase(nn.Module):
             raise RuntimeError(f"Expected input.size(-1) {self.input_size} on {weight.device}, "
                                f"got {x.shape[-1]} on {x.device}")
         if packed:
-            order, back = (slice(None) if index is None else index  # sorted already
-                           for index in (input.sorted_indices, input.unsorted_indices))
+            to_rows, to_caller = (slice(None) if index is None else index  # None: sorted already
+                                  for index in (input.sorted_indices, input.unsorted_indices))
             return (x, input.batch_sizes.tolist(), lambda rows: PackedSequence(rows, *input[1:]),
-                    order, back)
+                    to_rows, to_caller)
         single = x.dim() == 2
         x = x[:, None] if single else x.transpose(0, 1) if self.batch_first else x  # (T, B, I)
         T, B = x.shape[:2]
@@ -297,10 +298,10 @@ class RNNBase(nn.Module):
             y = rows.view(T, B, rows.shape[-1])
             return y[:, 0] if single else y.transpose(0, 1) if self.batch_first else y
 
-        order, back = (None, 0) if single else (slice(None), slice(None))  # None adds a dimension
-        return x.reshape(T * B, self.input_size), [B] * T, undo, order, back
+        to_rows, to_caller = (None, 0) if single else (slice(None), slice(None))
+        return x.reshape(T * B, self.input_size), [B] * T, undo, to_rows, to_caller
 
-    def _initial_state(self, hx, x, B, order, back):
+    def _initial_state(self, hx, x, B, to_rows, to_caller):
         """hx, checked, or zeros: a tuple of (layers * directions, B, H)."""
         widths = (self.output_size, self.hidden_size)[: self.states]
         zeros = tuple(x.new_zeros(self.num_layers * self.directions, B, width) for width in widths)
@@ -313,15 +314,15 @@ class RNNBase(nn.Module):
                             f"{type(hx).__name__} of {[type(s).__name__ for s in state]}")
         for k, (s, zero) in enumerate(zip(state, zeros)):
             same_type = s.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
-            shape = zero[:, back].shape
+            shape = zero[:, to_caller].shape
             if s.shape != shape or s.device != x.device or not same_type:
                 raise RuntimeError(f"Expected hidden[{k}] size {tuple(shape)}, {x.dtype} on "
                                    f"{x.device}, got {list(s.shape)}, {s.dtype} on {s.device}")
-        return tuple(s[:, order] for s in state)
+        return tuple(s[:, to_rows] for s in state)
 
     def _run(self, input, hx, keep):
-        x, sizes, undo, order, back = self._as_rows(input)  # (N, I)
-        state = self._initial_state(hx, x, sizes[0], order, back)
+        x, sizes, undo, to_rows, to_caller = self._as_rows(input)  # (N, I)
+        state = self._initial_state(hx, x, sizes[0], to_rows, to_caller)
         ends, traces = [], []
         for k in range(self.num_layers):
             if k > 0 and self.variational:
@@ -338,12 +339,13 @@ class RNNBase(nn.Module):
                 if keep:
                     traces.append({name: undo(rows) for name, rows in steps.items()})
             x = torch.cat(outputs, dim=-1) if self.bidirectional else outputs[0]
-        state = tuple(torch.stack(s)[:, back] for s in zip(*ends))  # (layers * directions, B, H)
+        state = tuple(torch.stack(s)[:, to_caller] for s in zip(*ends))  # as hx
         if (self.states == 2 and torch.is_autocast_enabled(x.device.type)
-                and x.dtype != torch.float64):  # c is summed in float32, torch.nn.LSTM's is low
+                and x.dtype != torch.float64):
+            # Under autocast c is summed in float32. torch.nn.LSTM's results are of the low type.
             low = torch.get_autocast_dtype(x.device.type)
             x, state = x.to(low), tuple(s.to(low) for s in state)
-        return undo(x), state if self.states == 2 else state[0], traces
+        return undo(x), (state if self.states == 2 else state[0]), traces
 
     def _direction(self, x, sizes, state, p, reverse, keep):
         """One direction of one layer: x (N, I) -> what `scan` returns. The product with W_ih does
@@ -389,15 +391,15 @@ class LSTM(RNNBase):
     step, gates, states = staticmethod(lstm_step), 4, 2
 
     def _direction(self, x, sizes, state, p, reverse, keep):
-        others = keep or self.proj_size or self.step is not lstm_step  # not what csrc/ computes
-        if FUSED == "1" and not fused and not others:
+        only_plain = keep or self.proj_size or self.step is not lstm_step
+        if FUSED == "1" and not fused and not only_plain:
             raise RuntimeError("RNN_FUSED=1, but the fused LSTM is not built: run python setup.py "
                                "develop, or call rnn.build()")
-        if others or not (fused and fused.can_run(x) and fused.pays_off(x, sizes)):
+        if only_plain or not (fused and fused.can_run(x) and fused.pays_off(x, sizes)):
             return super()._direction(x, sizes, state, p, reverse, keep)
         bias = p.bias_ih + p.bias_hh if self.bias else p.weight_hh.new_zeros(len(p.weight_hh))
         inputs = (x, *state, p.weight_ih, bias, p.weight_hh)
-        h, end = fused.lstm(*inputs, sizes, reverse, plain_lstm)
+        h, end = fused.lstm(*inputs, sizes, reverse, plain_lstm)  # plain: for second derivatives
         return {"h": h}, end
 
 
@@ -409,9 +411,16 @@ class OriginalGRU(GRU):
     step = staticmethod(original_gru_step)
 
 
+def map_state(function, *states):
+    """Apply a function to a state, whether a tensor (RNN, GRU) or a tuple of two (LSTM)."""
+    if isinstance(states[0], torch.Tensor):
+        return function(*states)
+    return tuple(function(*parts) for parts in zip(*states))
+
+
 class CellBase:
-    """torch.nn's cells: a layer that runs for one step, and whose parameters' names have no suffix.
-    Stands before the layer in a cell's bases, and so takes the place of some of its methods.
+    """torch.nn's cell modules: a layer that runs for one step, and whose parameters' names have no
+    suffix. Stands before RNN, LSTM or GRU in a class's bases, where `super()` here finds them.
     input (B, I) or (I,); hx (B, H) or (H,), for LSTM a tuple (h, c), absent means zeros. Returns
     the new state. Errors are the layers', in whose shapes a 1 stands first: of one layer."""
 
@@ -456,10 +465,10 @@ class GRUCell(CellBase, GRU):
 
 @torch.no_grad()
 def initialize(module):
-    """Initial values for training, in place of torch's uniform ones, in every layer of `module`:
-    input weights Xavier and recurrent weights orthogonal, each gate's block on its own; biases 0,
-    but 1 for the forget gate, so that an LSTM begins by remembering. torch has two biases that are
-    added, so only b_ih gets the 1: setting both would make it 2."""
+    """Initial values for training, in place of torch's uniform ones, in every recurrent and every
+    Linear layer of `module`: input weights Xavier and recurrent weights orthogonal, each gate's
+    block on its own; biases 0, but 1 for the forget gate: an LSTM begins with f at 0.73, not 0.5.
+    torch has two biases that are added, so only b_ih gets the 1: setting both would make it 2."""
     for layer in module.modules():
         if not isinstance(layer, (RNNBase, nn.Linear)):
             continue
@@ -468,7 +477,7 @@ def initialize(module):
             if name.startswith("bias"):
                 nn.init.zeros_(value)
             elif name.startswith("weight_hh"):
-                for block in value.chunk(gates):  # (H, H) each
+                for block in value.chunk(gates):  # (H, H or P) each
                     nn.init.orthogonal_(block)
             elif name.startswith("weight_ih"):
                 for block in value.chunk(gates):  # (H, I) each
@@ -485,8 +494,10 @@ def initialize(module):
 
 
 CELLS = {"rnn": RNN, "lstm": LSTM, "gru": GRU, "original_gru": OriginalGRU}  # and your own
-PAD, BOS, EOS = range(3)  # padding, and before and after a target: the first three symbols of a
-SPECIALS = ["<pad>", "<bos>", "<eos>"]  # vocabulary that has `specials=SPECIALS`
+# Padding, and what stands before and after a target: the first symbols of a vocabulary made with
+# specials=SPECIALS.
+SPECIALS = ["<pad>", "<bos>", "<eos>"]
+PAD, BOS, EOS = range(3)
 
 
 def pack(x, lengths):
@@ -516,7 +527,7 @@ class Model(nn.Module):
 
     def __init__(self, config, padding_idx=None):
         super().__init__()
-        # They come as locals(), which also holds self, and __class__ where super() is called.
+        # config comes as the constructor's locals(): with self and, due to super(), __class__.
         self.config = {k: v for k, v in config.items() if k not in ("self", "__class__")}
         self.vocab_size, one_hot = config["vocab_size"], config.get("one_hot")
         self.reads = self.vocab_size if one_hot else config["embed"]  # I of the first layer
@@ -539,9 +550,10 @@ class CharLM(Model):
     """Language model, T symbols in, T predictions out: embedding, layers, output.
 
     cell: a name in CELLS. dropout: on the embedding (embed_dropout there, if given), between layers
-    and on the output, never on the recurrence; variational: by one mask for all steps of a sequence
-    (Gal & Ghahramani 2016). tie: one matrix serves as embedding and as output weights, so embed
-    must equal hidden. one_hot: no embedding, the layer reads one-hot vectors (embed is not used).
+    and on what the output layer reads, never on the recurrence; variational: by one mask for all
+    steps of a call (as in Gal & Ghahramani 2016, who also drop the recurrence). tie: one matrix
+    serves as embedding and as output weights, so embed must equal hidden. one_hot: no embedding,
+    the layer reads one-hot vectors (embed is not used).
     Raises ValueError for values that do not fit."""
 
     def __init__(self, vocab_size, embed=64, hidden=256, layers=1, cell="lstm", dropout=0.0,
@@ -567,7 +579,7 @@ class CharLM(Model):
         """ids (B, T) -> logits (B, T, V) and the state after them, as the layer's."""
         if ids.dim() != 2:
             raise ValueError(f"CharLM: Expected ids to be 2D, (B, T), got {ids.dim()}D instead")
-        x = self.drop(self.embed(ids.t()), self.embed_dropout)  # (T, B, I): time comes first
+        x = self.drop(self.embed(ids.t()), self.embed_dropout)  # (T, B, I): the order of `scan`
         x, state = self.rnn(x, state)  # (T, B, H)
         return self.output(self.drop(x, self.dropout)).transpose(0, 1), state  # (B, T, V)
 
@@ -578,7 +590,7 @@ class CharLM(Model):
         rnn, weight, bias = self.rnn, self.output.weight, self.output.bias
         table = None if self.embedding is None else self.embedding.weight  # (V, I)
         layers = [rnn._layer(k, 0) for k in range(rnn.num_layers)]
-        states = list(zip(*state)) if rnn.states == 2 else [(h,) for h in state]  # one for each
+        states = list(zip(*state)) if rnn.states == 2 else [(h,) for h in state]  # of each layer
 
         def step(ids):
             x = self.embed(ids) if table is None else table[ids]  # (B, I)
@@ -590,16 +602,16 @@ class CharLM(Model):
         return step
 
     def init_state(self, batch):
-        """The state before the first symbol: zeros, (layers, B, H), for lstm a tuple of two."""
+        """The state before the first symbol, zeros: (layers, B, H), for LSTM a tuple of two."""
         zeros = self.output.weight.new_zeros(self.rnn.num_layers, batch, self.rnn.hidden_size)
         return (zeros, zeros.clone()) if self.rnn.states == 2 else zeros
 
 
 class Classifier(Model):
-    """N -> 1: classifies a sequence. Embedding, layers, and an output that reads the last valid
-    hidden state of each direction of the last layer. Two classes have two logits, too: their
+    """Many to one: classifies a sequence. Embedding, layers, and an output that reads each
+    direction's last valid hidden state in the last layer. Two classes have two logits, too: their
     difference is what a single logit would be. Arguments as of CharLM; index 0 is padding, as in a
-    vocabulary with SPECIALS: a symbol there would never be learnt."""
+    vocabulary with SPECIALS: the embedding of a symbol there would never be learnt."""
 
     def __init__(self, vocab_size, classes=2, embed=64, hidden=128, layers=1, cell="lstm",
                  dropout=0.0, bidirectional=False, one_hot=False):
@@ -619,7 +631,7 @@ class Classifier(Model):
 
 
 class Seq2Seq(Model):
-    """N -> M: one sequence becomes another. An encoder reads the source in both directions; a
+    """Many to many: one sequence becomes another. An encoder reads the source in both directions; a
     decoder, which starts from the encoder's last states, predicts the target symbol by symbol. At
     each step attention (Luong et al. 2015) looks where in the source to read: q the decoder's
     hidden state, m_t the encoder's at source step t, both H wide,
@@ -693,8 +705,8 @@ class Seq2Seq(Model):
                 rows = (first + best // V).flatten()  # the rows that go on, (B * beam,)
                 ids = torch.cat((ids[rows], (best % V).view(-1, 1)), dim=1)
                 weights = torch.cat((weights[rows], looks[rows]), dim=1)
-                state = map_state(lambda s, rows=rows: s[:, rows], state)
-                if (ids[::beam, -1] == EOS).all():  # topk sorts, and the others only get less
+                state = map_state(lambda s: s[:, rows], state)
+                if (ids[::beam, -1] == EOS).all():  # every best one has ended; totals only fall
                     break
         return ids[::beam, 1:], total[:, 0], weights[::beam]
 
@@ -705,9 +717,8 @@ class Seq2Seq(Model):
 
 class Vocab:
     """Symbols <-> indices. `Vocab.of(text)` has a text's characters, sorted; with words=True its
-    words, marks and spaces, the most frequent first. Either way decode(encode(text)) == text.
-
-    With "<unk>" among the symbols, all that is unknown becomes "<unk>"; without it, encode raises
+    words, marks and spaces, the most frequent first. Either way decode(encode(text)) == text, but
+    with "<unk>" among the symbols all that is unknown becomes "<unk>". Without that, encode raises
     ValueError naming what is unknown."""
 
     def __init__(self, symbols, words=False):
@@ -718,8 +729,9 @@ class Vocab:
 
     @classmethod
     def of(cls, text, words=False, max_size=None, specials=()):
-        """max_size: keep the most frequent symbols only, with "<unk>" for all others (added to
-        the specials if need be). specials: symbols such as "<pad>" that come first, from 0 on."""
+        """max_size: of the whole vocabulary: keep the most frequent symbols only, with "<unk>" for
+        all others (added to the specials if need be). specials: symbols such as "<pad>" that come
+        first, from 0 on."""
         if not text:
             raise ValueError("cannot make a vocabulary of an empty text")
         if isinstance(specials, str):
@@ -742,7 +754,7 @@ class Vocab:
         return len(self.symbols)
 
     def encode(self, text):
-        """str -> LongTensor (N,)."""
+        """str -> LongTensor (L,)."""
         symbols, unknown = self._split(text, self.words), self.index.get("<unk>")
         missing = sorted(set(symbols) - self.index.keys()) if unknown is None else []
         if missing:
@@ -759,7 +771,7 @@ def pad(sequences, value=PAD):
     """Sequences of ids, of any lengths -> ids (B, T) with `value` after each end, lengths (B,)."""
     sequences = [torch.as_tensor(ids, dtype=torch.long) for ids in sequences]
     lengths = torch.tensor([len(ids) for ids in sequences])
-    return nn.utils.rnn.pad_sequence(sequences, True, padding_value=value), lengths
+    return nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=value), lengths
 
 
 def buckets(lengths, batch):
@@ -771,11 +783,11 @@ def buckets(lengths, batch):
 
 
 class Batches:
-    """Endless chunks of a text of L symbols, ids (L,), which already sit on the device.
+    """Endless chunks of a text, ids (L,), which already sit on the device.
 
     order="sequential": row b begins at symbol b * (L // batch), and every batch reads on where the
     last one ended, so that the state can be carried over; after the text's end comes its beginning.
-    order="random": windows from anywhere, and each begins with a state of zeros.
+    order="random": windows from anywhere, each to be read from a state of zeros.
     `next()` returns x, y (B, T): y holds the symbol that follows each symbol of x.
     """
 
@@ -817,7 +829,7 @@ class Batches:
 
 
 def cross_entropy(logits, targets, reduction="mean"):
-    """Nats per symbol, over all positions: logits (B, T, V), targets (B, T)."""
+    """Nats per symbol, over all positions, or their "sum": logits (B, T, V), targets (B, T)."""
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
 
 
@@ -865,7 +877,7 @@ def evaluate(model, ids, batch=64, context=256):
                                              zeros, end)
             if same_state(start, before):
                 break
-        rest = ids[None, batch * length :]  # (1, fewer than `batch` symbols to predict, and one)
+        rest = ids[None, batch * length :]  # (1, what is left to predict, and one)
         last = map_state(lambda s: s[:, -1:].contiguous(), end)
         total += read(rest[:, :-1], rest[:, 1:], last)[0] if rest.shape[1] > 1 else 0.0
     return float(total) / predictions
@@ -884,8 +896,8 @@ def generate(model, vocab, prompt="", length=500, temperature=1.0, top_k=None, s
              stream=None):
     """Continue the prompt by `length` symbols and return both as one str.
 
-    The prompt warms the state up; an empty one stands for a new line. temperature: logits are
-    divided by it; 0 always takes the likeliest symbol. top_k: draw among the k likeliest only.
+    The prompt warms the state up; an empty one stands for a new line, or symbol 0. temperature:
+    logits are divided by it; 0 always takes the likeliest symbol. top_k: draw from the k likeliest.
     stream: a file, such as sys.stdout, that gets every symbol as soon as it is drawn.
     Raises ValueError for bad values and for symbols of the prompt that the vocabulary lacks."""
     if not 0 <= temperature < math.inf:
@@ -911,8 +923,8 @@ def generate(model, vocab, prompt="", length=500, temperature=1.0, top_k=None, s
                 symbol = scores.argmax(-1)  # (1,)
             else:
                 chances = (scores / max(temperature, 1e-100)).softmax(-1)  # never infinity
-                # One draw, as torch.multinomial makes it but for its checks: of clocks that ring at
-                # these rates, the first one to ring.
+                # torch.multinomial's draw without its checks, for speed: for exponential random
+                # numbers, the largest of chance / number is symbol k's with probability chance k.
                 waits = torch.empty_like(chances).exponential_(generator=random)
                 symbol = (chances / waits).argmax(-1)  # (1,)
             pieces.append(vocab.symbols[symbol])
@@ -966,7 +978,7 @@ def load(path, device="cpu"):
         if content["format"] != "rnn.py 3":
             raise ValueError(f"its format is {content['format']!r}, expected 'rnn.py 3'")
         kind, config, weights = MODELS[content["kind"]], content["config"], content["weights"]
-        if config.get("layers", 0) > len(weights):
+        if config.get("layers", 0) > len(weights):  # a billion of them would take for ever
             raise ValueError(f"weights of {len(weights)} tensors for {config['layers']} layers")
         with torch.device("meta"):  # whatever the sizes, this takes no memory: they must fit first
             kind(**config).load_state_dict(weights, assign=True)
@@ -992,10 +1004,10 @@ def backpropagate(model, x, y, state, accumulate, autocast):
     """Add the gradient of the mean loss on one batch, x and y (B, T), to the parameters; with
     accumulate above 1 in as many parts, some of the rows each, to save memory. Returns the loss and
     the state after the batch, detached: its values live on, its graph ends here. That truncates
-    BPTT; without it the graph, and the memory it holds, would reach back to the first batch."""
+    backpropagation through time (BPTT): without it every batch would go back to the first one."""
     loss, ends = 0.0, []
     for k, (xk, yk) in enumerate(zip(x.chunk(accumulate), y.chunk(accumulate))):
-        start = map_state(lambda s, k=k: s.chunk(accumulate, dim=1)[k], state)  # (layers, B_k, H)
+        start = map_state(lambda s: s.chunk(accumulate, dim=1)[k], state)  # (layers, part of B, H)
         with autocast:
             logits, end = model(xk, start)
         part = cross_entropy(logits, yk) * (len(xk) / len(x))
@@ -1006,17 +1018,17 @@ def backpropagate(model, x, y, state, accumulate, autocast):
 
 
 def learning_rate(lr, warmup, step, done):
-    """The rate of a step: it rises for `warmup` steps to lr, then falls along a cosine to 3 % of it
-    when the run is done. done: the part of the run that is over, from 0 to 1."""
+    """The rate of a step: lr times a rise over the first `warmup` steps, times half a cosine that
+    falls from 1 to 3 %. done: the part of the run that is over, from 0 to 1."""
     rise = min(1.0, (step + 1) / max(warmup, 1))
     return lr * rise * (0.03 + 0.97 * (1 + math.cos(math.pi * done)) / 2)
 
 
 class Trainer:
-    """A CharLM in training by truncated BPTT: its optimizer, AdamW; `state`, which every batch
-    takes over from the one before; `steps` taken.
+    """A CharLM in training by truncated BPTT: its optimizer, AdamW; `state`, which in sequential
+    order every batch takes over from the one before; `steps` taken.
 
-    weight_decay  of the weights; biases and gains do not decay
+    weight_decay  of matrices; vectors, such as biases, do not decay
     clip          largest norm of the gradient; math.inf: no clipping
     accumulate    compute the gradient of a batch in this many parts
     dtype         torch.bfloat16 runs the model under autocast
@@ -1030,14 +1042,14 @@ class Trainer:
             raise ValueError("accumulate must be at least 1, clip above 0, dtype torch.float32 or "
                              f"torch.bfloat16; got {accumulate=}, {clip=}, {dtype=}")
         self.model, self.batches, self.clip, self.accumulate = model, batches, clip, accumulate
-        self.runs = model  # what reads the batches: a wrapper around the model may stand here
+        self.replica = model  # what reads the batches: DistributedDataParallel may stand here
         self.seed, self.steps, self.state = seed, 0, model.init_state(batches.batch)
         self.autocast = torch.autocast(batches.ids.device.type, dtype,
                                        enabled=dtype != torch.float32)
         groups = [{"params": [p for p in model.parameters() if p.dim() > 1]},
                   {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=weight_decay,
-                                           fused=True)
+                                           fused=True)  # torch's own fused update
         model.train()
 
     def step(self, lr):
@@ -1050,7 +1062,7 @@ class Trainer:
         if not self.batches.carries_state:
             self.state = self.model.init_state(len(x))
         self.optimizer.zero_grad()
-        loss, self.state = backpropagate(self.runs, x, y, self.state, self.accumulate,
+        loss, self.state = backpropagate(self.replica, x, y, self.state, self.accumulate,
                                          self.autocast)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()

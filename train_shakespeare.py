@@ -382,7 +382,7 @@ def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, ba
         if run.done() >= 1 and not run.history:
             raise ValueError(f"cannot resume: step {run.steps:,} is beyond {steps=}, {seconds=}, "
                              "and no evaluation was made")
-    run.runs = world.replica(model)
+    run.replica = world.replica(model)
     first_step = run.steps
     run.begin()
     while run.done() < 1 and not run.ending and (patience is None or run.stale < patience):
@@ -808,7 +808,8 @@ def job(args, device, world):
         model = rnn.initialize(rnn.CharLM(len(vocab), **model_settings)).to(device)
     write(model, vocab, args, 0, io.StringIO())  # a bad prompt must show now, not at the end
     ids = vocab.encode(text).to(device)
-    train_ids, val_ids = ids[: int(0.9 * len(ids))], ids[int(0.9 * len(ids)) :]
+    split = int(0.9 * len(ids))
+    train_ids, val_ids = ids[:split], ids[split:]
     params = sum(p.numel() for p in model.parameters())
     dtype = getattr(torch, settings["dtype"])
     with torch.autocast(ids.device.type, dtype, enabled=dtype != torch.float32):
