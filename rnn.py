@@ -794,6 +794,9 @@ class Batches:
     def __init__(self, ids, batch, context, order="sequential", seed=0):
         if batch < 1 or context < 1:
             raise ValueError(f"batch and context must be at least 1, got {batch} and {context}")
+        if ids.dim() != 1 or ids.dtype != torch.long:
+            raise ValueError(f"ids should be (L,) of torch.int64, got {tuple(ids.shape)} of "
+                             f"{ids.dtype}")
         if order not in ("sequential", "random"):
             raise ValueError(f"order must be 'sequential' or 'random', got '{order}'")
         needed = (batch if order == "sequential" else 1) * context + 1
@@ -946,7 +949,7 @@ def save(path, model, vocab, **training):
     whatever training needs to go on. It appears whole or not at all: a file of another name is
     written to the end, then renamed, so an earlier checkpoint survives any interruption.
     Raises OSError naming the path when it cannot be written."""
-    content = {"format": "rnn.py 3", "kind": type(model).__name__, "config": model.config,
+    content = {"format": "rnn.py 2", "kind": type(model).__name__, "config": model.config,
                "weights": model.state_dict(), "symbols": vocab.symbols, "words": vocab.words,
                "training": training}
     partial = f"{path}.{os.getpid()}.partial"
@@ -975,15 +978,15 @@ def load(path, device="cpu"):
                 raise ValueError("a part of it is not what was written")
             file.seek(0)
             content = torch.load(file, map_location="cpu", weights_only=True)
-        if content["format"] != "rnn.py 3":
-            raise ValueError(f"its format is {content['format']!r}, expected 'rnn.py 3'")
+        if content["format"] != "rnn.py 2":
+            raise ValueError(f"its format is {content['format']!r}, expected 'rnn.py 2'")
         kind, config, weights = MODELS[content["kind"]], content["config"], content["weights"]
         if config.get("layers", 0) > len(weights):  # a billion of them would take for ever
             raise ValueError(f"weights of {len(weights)} tensors for {config['layers']} layers")
         with torch.device("meta"):  # whatever the sizes, this takes no memory: they must fit first
-            kind(**config).load_state_dict(weights, assign=True)
+            kind(**config).load_state_dict(dict(weights), assign=True)  # a copy: it leaves marks
         with torch.random.fork_rng(devices=[]):  # initial values are drawn, but not wanted
-            model = kind(**config)
+            model = kind(**config).to(next(iter(weights.values())).dtype)
         model.load_state_dict(weights)
         vocab, training = Vocab(content["symbols"], content["words"]), content["training"]
         if len(vocab) != model.vocab_size or not all(isinstance(s, str) for s in vocab.symbols):
@@ -1041,6 +1044,12 @@ class Trainer:
         if accumulate < 1 or not clip > 0 or dtype not in (torch.float32, torch.bfloat16):
             raise ValueError("accumulate must be at least 1, clip above 0, dtype torch.float32 or "
                              f"torch.bfloat16; got {accumulate=}, {clip=}, {dtype=}")
+        if not hasattr(model, "init_state"):
+            raise TypeError(f"truncated BPTT needs a CharLM, got {type(model).__name__}")
+        least, most = int(batches.ids.min()), int(batches.ids.max())
+        if least < 0 or most >= model.vocab_size:
+            raise ValueError(f"a model of {model.vocab_size} symbols cannot read ids from {least} "
+                             f"to {most}")
         self.model, self.batches, self.clip, self.accumulate = model, batches, clip, accumulate
         self.replica = model  # what reads the batches: DistributedDataParallel may stand here
         self.seed, self.steps, self.state = seed, 0, model.init_state(batches.batch)
@@ -1050,11 +1059,11 @@ class Trainer:
                   {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=weight_decay,
                                            fused=True)  # torch's own fused update
-        model.train()
 
     def step(self, lr):
         """Learn from one batch, at this rate. Returns the loss in nats per symbol and the norm of
         its gradient before clipping, as tensors: a GPU need not be waited for."""
+        self.model.train()
         torch.manual_seed(self.seed + 1000 * self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -1071,17 +1080,19 @@ class Trainer:
 
 
 def train(model, batches, steps, lr=4e-3, warmup=20, **options):
-    """Train a CharLM; options are Trainer's. After every step it hands out the step's number, from
-    1 on, the loss and the gradient's norm. What to do in between is the caller's choice:
+    """Train a CharLM; options are Trainer's. A generator: after every step it hands out the step's
+    number, from 1 on, the loss and the gradient's norm. What to do in between is up to you:
 
         for step, loss, norm in rnn.train(model, rnn.Batches(ids, batch=32, context=64), 1000):
             if step % 100 == 0:
                 print(step, loss, rnn.evaluate(model, held_out))
                 rnn.save("model.pt", model, vocab)
 
-    Raises ValueError for bad values, FloatingPointError when loss or norm are not finite."""
-    if steps < 1 or warmup < 0:
-        raise ValueError(f"steps must be at least 1, warmup at least 0; got {steps=}, {warmup=}")
+    A second call begins anew but for model and batches. Raises ValueError for bad values,
+    FloatingPointError when loss or norm are not finite."""
+    if not (steps >= 1 and warmup >= 0 and 0 <= lr < math.inf):
+        raise ValueError("steps must be at least 1, warmup at least 0, lr at least 0 and finite; "
+                         f"got {steps=}, {warmup=}, {lr=}")
     trainer = Trainer(model, batches, **options)
     for step in range(steps):
         loss, norm = map(float, trainer.step(learning_rate(lr, warmup, step, step / steps)))

@@ -33,7 +33,10 @@ import urllib.request
 
 import torch
 
-import rnn
+try:
+    import rnn
+except ValueError as error:  # RNN_FUSED in the environment is nonsense
+    sys.exit(f"error: {error}")
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -237,14 +240,15 @@ class Run(rnn.Trainer):
         self.since = time.perf_counter()
         self.began = self.since - self.seconds
 
-    def step(self, lr, stop):
+    def advance(self, lr, stop):
         """Take a step, and report, evaluate and write checkpoints when it is time to. stop: a
-        function that says whether the run is to end now."""
+        function that says whether the run is to end now, or None."""
         past = self.done()
-        self.window.append(torch.stack(super().step(lr)))  # read later: do not wait for a GPU
+        self.window.append(torch.stack(self.step(lr)))  # read later: do not wait for a GPU here
         now = time.perf_counter()
         self.seconds, took, self.ending = self.world.rank_0_says(now - self.began,
-                                                                 now - self.since, stop())
+                                                                 now - self.since,
+                                                                 stop is not None and stop())
         # One evaluation is due after each evals-th part of the run; 3 * (1 / 3) may be below 1.
         due = int(self.done() * self.evals + 1e-9) > int(past * self.evals + 1e-9)
         if not (due or self.ending or took > 5):
@@ -329,7 +333,7 @@ class Run(rnn.Trainer):
 def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, batch=32,
           context=64, order="sequential", lr=4e-3, warmup=20, schedule="cosine",
           weight_decay=0.01, clip=1.0, accumulate=1, dtype=torch.float32, seed=0, evals=10,
-          patience=None, resume=None, notes=None, stop=lambda: False, world=None):
+          patience=None, resume=None, notes=None, stop=None, world=None):
     """Train a CharLM on ids (N,), with all that a long run wants. Returns a dict: "val_loss" (nats
     per symbol, of the best checkpoint, whose weights the model then has), "steps", "seconds",
     "chars_per_s", "history" (a list of (step, training loss, val_loss)).
@@ -365,8 +369,9 @@ def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, ba
          f"give either steps or seconds, above 0; got {steps=}, {seconds=}"),
         (schedule in ("cosine", "plateau"),
          f"schedule must be 'cosine' or 'plateau', got '{schedule}'"),
-        (at_least_1 >= 1 and warmup >= 0, "evals, patience must be at least 1, warmup at least 0; "
-         f"got {evals=} {patience=} {warmup=}"),
+        (at_least_1 >= 1 and warmup >= 0 and 0 <= lr < math.inf,
+         "evals, patience must be at least 1, warmup and lr at least 0; got "
+         f"{evals=} {patience=} {warmup=} {lr=}"),
         (2 <= len(vocab) == model.vocab_size and len(val_ids) >= 2,
          "training needs two different symbols, a model for just as many, and two symbols to "
          f"evaluate on; got {len(vocab)}, {model.vocab_size} and {len(val_ids)}"),
@@ -388,7 +393,7 @@ def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, ba
     while run.done() < 1 and not run.ending and (patience is None or run.stale < patience):
         done = run.done() if schedule == "cosine" else 0.0
         halved = 1.0 if schedule == "cosine" else 0.5**run.halvings
-        run.step(halved * rnn.learning_rate(lr, warmup, run.steps, done), stop)
+        run.advance(halved * rnn.learning_rate(lr, warmup, run.steps, done), stop)
 
     model.load_state_dict(run.best_weights)
     return {"val_loss": run.best, "steps": run.steps, "seconds": run.seconds,
@@ -580,7 +585,7 @@ def look_inside(model, vocab, training, args):
     if len(text) < 2:
         raise ValueError(f"--show needs two characters in the last tenth of a text, {name} has "
                          f"{len(text)} there")
-    run = training.get("run", {"steps": 0, "history": []})
+    run = {"steps": 0, "history": [], **training.get("run", {})}
     about = (f"{args.sample}, a character model with {model.rnn} after {run['steps']:,} steps, "
              f"reads the last tenth of {name}, "
              + ("which it was not trained on." if known else "not the text it was trained on."))
@@ -697,7 +702,8 @@ def make_parser():
     add("--dtype", choices=["float32", "bfloat16"],
         help="default: bfloat16 where the device has a unit for it, else float32")
     add("--seed", type=int, metavar="N", help=f"default {TRAINING['seed']}")
-    add("--no-fused", action="store_true", help="never use the fused LSTM of csrc/")
+    add("--no-fused", action="store_true", help="never use the fused LSTM of csrc/; with "
+                                                       "RNN_FUSED=0 it is not even loaded")
     add("--prompt", default="", metavar="TEXT", help="what the sample continues")
     add("--length", type=int, default=500, metavar="N", help="symbols to sample, default 500")
     add("--temperature", type=float, default=0.8, metavar="T", help="default 0.8; 0: the likeliest")
@@ -710,7 +716,7 @@ def settle(args, defaults, stored, path):
     given = {name: value for name, value in vars(args).items()
              if name in defaults and value is not None}
     wrong = [f"--{name} {given[name]} (it was {stored[name]})" for name in given
-             if stored.get(name, given[name]) != given[name]]
+             if name in stored and stored[name] != given[name]]
     if wrong:
         raise ValueError(f"{path} cannot go on with {', '.join(wrong)}")
     return {**defaults, **{k: v for k, v in stored.items() if k in defaults}, **given}

@@ -556,12 +556,15 @@ def test_generate_wrong_arguments(vocab, arguments, message):
 # ---- checkpoints ----
 
 
-def test_save_and_load(vocab, tmp_path):
-    model = small(vocab, layers=2, cell="gru")
+@pytest.mark.parametrize("options", [{"layers": 2, "cell": "gru"}, {"tie": True, "embed": 12}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_save_and_load(vocab, tmp_path, options, dtype):
+    model = small(vocab, **options).to(dtype)
     rnn.save(tmp_path / "a.pt", model, vocab, note=[1, "two"])
     again, again_vocab, training = rnn.load(tmp_path / "a.pt")
     assert again.config == model.config and again_vocab.symbols == vocab.symbols
-    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters()))
+    for a, b in zip(again.parameters(), model.parameters(), strict=True):
+        assert torch.equal(a, b) and a.dtype == b.dtype
     assert training == {"note": [1, "two"]} and os.listdir(tmp_path) == ["a.pt"]
 
 
@@ -654,7 +657,7 @@ def test_training_learns(text, tmp_path, options):
 
 @pytest.mark.parametrize("options", [
     {}, {"order": "random"}, {"schedule": "plateau"}, {"config": {"layers": 2, "dropout": 0.3}},
-    {"config": {"cell": "gru"}}], ids=str)
+    {"config": {"cell": "gru"}}, {"config": {"tie": True, "embed": 12}}], ids=str)
 def test_resumed_equals_uninterrupted(text, tmp_path, options):
     """Ended in the middle, then on from last.pt: the same weights, bit for bit."""
     whole, expected, _ = run(text, tmp_path / "whole", steps=24, evals=3, **options)
@@ -692,11 +695,35 @@ def test_the_loop_alone_takes_the_same_steps(vocab, ids, tmp_path, order):
 
 @pytest.mark.parametrize("options,message", [
     ({"steps": 0}, "steps=0"), ({"warmup": -1}, "warmup=-1"), ({"clip": 0.0}, "clip=0.0"),
+    ({"lr": -1.0}, "lr=-1.0"), ({"lr": math.nan}, "lr=nan"),
     ({"clip": math.nan}, "clip=nan"), ({"accumulate": 0}, "accumulate=0"),
     ({"dtype": torch.float64}, "dtype=torch.float64")], ids=str)
 def test_the_loop_alone_wrong_arguments(vocab, ids, options, message):
     with pytest.raises(ValueError, match=message):
         next(rnn.train(small(vocab), rnn.Batches(ids, 4, 16), **{"steps": 1, **options}))
+
+
+def test_a_trainer_of_something_else(vocab, ids):
+    for batches in (rnn.Batches(ids + 1, 4, 16), rnn.Batches(ids - 1, 4, 16)):
+        with pytest.raises(ValueError, match=f"{len(vocab)} symbols cannot read ids from "):
+            rnn.Trainer(small(vocab), batches)
+    with pytest.raises(TypeError, match="needs a CharLM, got Classifier"):
+        rnn.Trainer(rnn.Classifier(len(vocab), hidden=4), rnn.Batches(ids, 4, 16))
+    for other in (ids.int(), ids[:, None], ids.double()):
+        with pytest.raises(ValueError, match=r"ids should be \(L,\) of torch.int64, got \("):
+            rnn.Batches(other, 4, 16)
+
+
+def test_dropout_stays_on_in_training(vocab, ids):
+    """Even if somebody leaves the model in evaluation mode between two steps."""
+    losses = []
+    for eval_between in (False, True):
+        model = small(vocab, dropout=0.5)
+        steps = rnn.train(model, rnn.Batches(ids, 4, 16), 3)
+        for _, loss, _ in steps:
+            model.train(not eval_between)
+            losses.append(loss)
+    assert losses[:3] == losses[3:]
 
 
 def test_the_loop_alone_stops_where_it_diverges(vocab, ids):
@@ -779,6 +806,7 @@ def test_ctrl_c_leaves_the_last_checkpoint(text, tmp_path, monkeypatch):
     ({"steps": 1, "batch": 4000}, "is too short"), ({"steps": 0}, "steps=0"),
     ({"seconds": math.nan}, "seconds=nan"), ({"steps": 1, "evals": 0}, "evals=0"),
     ({"steps": 1, "patience": 0}, "patience=0"), ({"steps": 1, "clip": -1.0}, "clip=-1.0"),
+    ({"steps": 1, "lr": -1.0}, "lr=-1.0"), ({"steps": 1, "lr": math.nan}, "lr=nan"),
     ({"steps": 1, "accumulate": 0}, "accumulate=0"), ({"steps": 1, "warmup": -1}, "warmup=-1"),
     ({"steps": 1, "dtype": torch.float16}, "dtype=torch.float16"),
 ])

@@ -243,9 +243,9 @@ def test_a_page_from_another_text_or_a_young_checkpoint(folder, monkeypatch):
 def test_a_page_that_cannot_be_made_is_one_clear_error(folder, monkeypatch, arguments, message):
     monkeypatch.chdir(folder)
 
-    class Other(torch.nn.Module):
+    class Other(torch.nn.Linear):
         def __init__(self, vocab_size=0, **config):
-            super().__init__()
+            super().__init__(1, 1)
             self.vocab_size, self.config = vocab_size, {"vocab_size": vocab_size, "cell": "lstm"}
 
     monkeypatch.setitem(rnn.MODELS, "Other", Other)
