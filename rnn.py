@@ -180,8 +180,8 @@ def build():
 # Layers: drop-ins for torch.nn.RNN, LSTM, GRU
 #
 # forward -> _run -> for each layer and direction: _direction -> scan -> step, the cell. Before that
-# `_as_rows` and `_initial_state` check the input, and bring its four layouts into one: on a first
-# reading they may be skipped.
+# `_as_rows` and `_initial_state` check the input and bring its four layouts into one; they come
+# last, and on a first reading may be skipped.
 
 
 class RNNBase(nn.Module):
@@ -213,25 +213,6 @@ class RNNBase(nn.Module):
                     value = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
                     setattr(self, name + self._suffix(k, d), value)
         self.reset_parameters()
-
-    def _check_arguments(self):
-        for name in ("input_size", "hidden_size", "bias", "batch_first"):
-            kind, value = int if name.endswith("size") else bool, getattr(self, name)
-            if not isinstance(value, kind):
-                raise TypeError(f"{name} should be of type {kind.__name__}, "
-                                f"got: {type(value).__name__}")
-        for name in ("input_size", "hidden_size", "num_layers"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be greater than zero, got {getattr(self, name)}")
-        dropout, size = self.dropout, self.proj_size
-        number = isinstance(dropout, (int, float)) and not isinstance(dropout, bool)
-        if not number or not 0 <= dropout <= 1:
-            raise ValueError(f"dropout should be a number in range [0, 1], got {dropout}")
-        if size and not (0 < size < self.hidden_size and isinstance(self, LSTM)):
-            raise ValueError(f"proj_size must be 0, or in an LSTM below hidden_size, got {size}")
-        if dropout and self.num_layers == 1:
-            warnings.warn("dropout acts between layers and so needs num_layers greater than 1, "
-                          f"but got {dropout=} and num_layers=1", stacklevel=3)
 
     def _suffix(self, k, d):
         """What the names of parameters in layer k, direction d, end with."""
@@ -266,62 +247,8 @@ class RNNBase(nn.Module):
         by name, laid out as the input. They have gradients: a loss may be made of any of them."""
         return self._run(input, hx, keep=True)
 
-    def _as_rows(self, input):
-        """The input in the one layout that all that follows knows, rows as for `scan`, (N, I); the
-        rows of each step; a function that gives rows the input's layout; and two indices into the
-        second dimension of a state: s[:, to_rows] takes the sequences from the caller's order to
-        that of the rows, s[:, to_caller] back; for a single one they add and drop the dimension."""
-        packed = isinstance(input, PackedSequence)
-        x, weight = input.data if packed else input, getattr(self, "weight_ih" + self._suffix(0, 0))
-        if not packed and x.dim() not in (2, 3):
-            raise ValueError(f"{type(self).__name__}: Expected input to be 2D or 3D, "
-                             f"got {x.dim()}D instead")
-        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise ValueError(
-                f"RNN input dtype ({x.dtype}) does not match weight dtype ({weight.dtype}). "
-                f"Convert input: input.to({weight.dtype}), or convert model: model.to({x.dtype})")
-        if x.shape[-1] != self.input_size or x.device != weight.device:
-            raise RuntimeError(f"Expected input.size(-1) {self.input_size} on {weight.device}, "
-                               f"got {x.shape[-1]} on {x.device}")
-        if packed:
-            to_rows, to_caller = (slice(None) if index is None else index  # None: sorted already
-                                  for index in (input.sorted_indices, input.unsorted_indices))
-            return (x, input.batch_sizes.tolist(), lambda rows: PackedSequence(rows, *input[1:]),
-                    to_rows, to_caller)
-        single = x.dim() == 2
-        x = x[:, None] if single else x.transpose(0, 1) if self.batch_first else x  # (T, B, I)
-        T, B = x.shape[:2]
-        if T == 0:
-            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-
-        def undo(rows):  # (N, H) -> (T, B, H), (B, T, H) or (T, H)
-            y = rows.view(T, B, rows.shape[-1])
-            return y[:, 0] if single else y.transpose(0, 1) if self.batch_first else y
-
-        to_rows, to_caller = (None, 0) if single else (slice(None), slice(None))
-        return x.reshape(T * B, self.input_size), [B] * T, undo, to_rows, to_caller
-
-    def _initial_state(self, hx, x, B, to_rows, to_caller):
-        """hx, checked, or zeros: a tuple of (layers * directions, B, H)."""
-        widths = (self.output_size, self.hidden_size)[: self.states]
-        zeros = tuple(x.new_zeros(self.num_layers * self.directions, B, width) for width in widths)
-        if hx is None:
-            return zeros
-        state = (hx,) if self.states == 1 else tuple(hx)
-        if len(state) != self.states or not all(isinstance(s, torch.Tensor) for s in state):
-            raise TypeError(f"{type(self).__name__}: Expected hx to be "
-                            f"{('a tensor', 'a tuple (h, c)')[self.states - 1]}, got "
-                            f"{type(hx).__name__} of {[type(s).__name__ for s in state]}")
-        for k, (s, zero) in enumerate(zip(state, zeros)):
-            same_type = s.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
-            shape = zero[:, to_caller].shape
-            if s.shape != shape or s.device != x.device or not same_type:
-                raise RuntimeError(f"Expected hidden[{k}] size {tuple(shape)}, {x.dtype} on "
-                                   f"{x.device}, got {list(s.shape)}, {s.dtype} on {s.device}")
-        return tuple(s[:, to_rows] for s in state)
-
     def _run(self, input, hx, keep):
-        x, sizes, undo, to_rows, to_caller = self._as_rows(input)  # (N, I)
+        x, sizes, undo, to_rows, to_caller = self._as_rows(input)  # x (N, I), as `scan` has it
         state = self._initial_state(hx, x, sizes[0], to_rows, to_caller)
         ends, traces = [], []
         for k in range(self.num_layers):
@@ -360,12 +287,86 @@ class RNNBase(nn.Module):
             p[name] = getattr(self, name + self._suffix(k, d))
         return Parameters(**p)
 
-    def extra_repr(self):
-        defaults = {"proj_size": 0, "num_layers": 1, "bias": True, "batch_first": False,
-                    "dropout": 0, "bidirectional": False}
-        changed = [f"{name}={getattr(self, name)}" for name, default in defaults.items()
-                   if getattr(self, name) != default]
-        return ", ".join([f"{self.input_size}, {self.hidden_size}", *changed])
+    # ---- The rest of the class: layouts of the input, checks, and what torch.nn's layers have ----
+
+    def _as_rows(self, input):
+        """The input in the one layout that `_run` knows, rows as for `scan`, (N, I); the rows of
+        each step; a function that gives rows the input's layout; and two indices into the second
+        dimension of a state: s[:, to_rows] takes the sequences from the caller's order to that of
+        the rows, s[:, to_caller] back; for a single one they add and drop the dimension."""
+        if isinstance(input, PackedSequence):
+            self._check_input(input.data)
+            to_rows, to_caller = (slice(None) if index is None else index  # None: sorted already
+                                  for index in (input.sorted_indices, input.unsorted_indices))
+            return (input.data, input.batch_sizes.tolist(),
+                    lambda rows: PackedSequence(rows, *input[1:]), to_rows, to_caller)
+        if input.dim() not in (2, 3):
+            raise ValueError(f"{type(self).__name__}: Expected input to be 2D or 3D, "
+                             f"got {input.dim()}D instead")
+        self._check_input(input)
+        single = input.dim() == 2
+        x = input.transpose(0, 1) if self.batch_first and not single else input
+        x = x[:, None] if single else x  # (T, B, I)
+        T, B = x.shape[:2]
+        if T == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+
+        def undo(rows):  # (N, H) -> (T, B, H), (B, T, H) or (T, H)
+            y = rows.view(T, B, rows.shape[-1])
+            return y[:, 0] if single else y.transpose(0, 1) if self.batch_first else y
+
+        to_rows, to_caller = (None, 0) if single else (slice(None), slice(None))
+        return x.reshape(T * B, self.input_size), [B] * T, undo, to_rows, to_caller
+
+    def _check_input(self, x):
+        weight = getattr(self, "weight_ih" + self._suffix(0, 0))
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(
+                f"RNN input dtype ({x.dtype}) does not match weight dtype ({weight.dtype}). "
+                f"Convert input: input.to({weight.dtype}), or convert model: model.to({x.dtype})")
+        if x.shape[-1] != self.input_size or x.device != weight.device:
+            raise RuntimeError(f"Expected input.size(-1) {self.input_size} on {weight.device}, "
+                               f"got {x.shape[-1]} on {x.device}")
+
+    def _initial_state(self, hx, x, B, to_rows, to_caller):
+        """hx, checked, or zeros: a tuple of (layers * directions, B, H)."""
+        widths = (self.output_size, self.hidden_size)[: self.states]
+        zeros = tuple(x.new_zeros(self.num_layers * self.directions, B, width) for width in widths)
+        if hx is None:
+            return zeros
+        state = (hx,) if self.states == 1 else tuple(hx)
+        if len(state) != self.states or not all(isinstance(s, torch.Tensor) for s in state):
+            raise TypeError(f"{type(self).__name__}: Expected hx to be "
+                            f"{('a tensor', 'a tuple (h, c)')[self.states - 1]}, got "
+                            f"{type(hx).__name__} of {[type(s).__name__ for s in state]}")
+        for k, (s, zero) in enumerate(zip(state, zeros)):
+            same_type = s.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
+            shape = zero[:, to_caller].shape
+            if s.shape != shape or s.device != x.device or not same_type:
+                raise RuntimeError(f"Expected hidden[{k}] size {tuple(shape)}, {x.dtype} on "
+                                   f"{x.device}, got {list(s.shape)}, {s.dtype} on {s.device}")
+        return tuple(s[:, to_rows] for s in state)
+
+    def _check_arguments(self):
+        for name in ("input_size", "hidden_size", "bias", "batch_first"):
+            kind, value = int if name.endswith("size") else bool, getattr(self, name)
+            if not isinstance(value, kind):
+                raise TypeError(f"{name} should be of type {kind.__name__}, "
+                                f"got: {type(value).__name__}")
+        for name in ("input_size", "hidden_size", "num_layers"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be greater than zero, got {getattr(self, name)}")
+        dropout, size = self.dropout, self.proj_size
+        number = isinstance(dropout, (int, float)) and not isinstance(dropout, bool)
+        if not number or not 0 <= dropout <= 1:
+            raise ValueError(f"dropout should be a number in range [0, 1], got {dropout}")
+        if size and not (0 < size < self.hidden_size and isinstance(self, LSTM)):
+            raise ValueError(f"proj_size must be 0, or in an LSTM below hidden_size, got {size}")
+        if dropout and self.num_layers == 1:
+            warnings.warn("dropout acts between layers and so needs num_layers greater than 1, "
+                          f"but got {dropout=} and num_layers=1", stacklevel=3)
+
+    extra_repr = nn.RNNBase.extra_repr  # shows those of the arguments that are not the defaults
 
     def flatten_parameters(self):
         """Nothing to do: torch.nn's method arranges the weights for cuDNN."""
@@ -443,9 +444,7 @@ class CellBase:
     def forward(self, input, hx=None):
         return self._run(input, hx, keep=False)[1]
 
-    def extra_repr(self):
-        relu = "" if self.nonlinearity == "tanh" else f", nonlinearity={self.nonlinearity}"
-        return super().extra_repr() + relu
+    extra_repr = nn.RNNCellBase.extra_repr
 
 
 class RNNCell(CellBase, RNN):
@@ -472,15 +471,14 @@ def initialize(module):
     for layer in module.modules():
         if not isinstance(layer, (RNNBase, nn.Linear)):
             continue
-        gates = getattr(layer, "gates", 1)
         for name, value in layer.named_parameters():
             if name.startswith("bias"):
                 nn.init.zeros_(value)
             elif name.startswith("weight_hh"):
-                for block in value.chunk(gates):  # (H, H or P) each
+                for block in value.chunk(layer.gates):  # (H, H or P) each
                     nn.init.orthogonal_(block)
             elif name.startswith("weight_ih"):
-                for block in value.chunk(gates):  # (H, I) each
+                for block in value.chunk(layer.gates):  # (H, I) each
                     nn.init.xavier_uniform_(block)
             elif name.startswith("weight") and value.dim() == 2:  # W_hr; a Linear's
                 nn.init.xavier_uniform_(value)
@@ -656,8 +654,8 @@ class Seq2Seq(Model):
         """source (B, T), lengths (B,) -> memory (B, T, H), where it is valid (B, T), and the state
         that the decoder starts from."""
         memory, state = self.encoder(pack(self.drop(self.embed(source)), lengths))
-        memory, _ = pad_packed_sequence(memory, batch_first=True, total_length=source.shape[1])
-        valid = torch.arange(source.shape[1]) < torch.as_tensor(lengths).cpu()[:, None]  # (B, T)
+        memory, sizes = pad_packed_sequence(memory, batch_first=True, total_length=source.shape[1])
+        valid = torch.arange(source.shape[1]) < sizes[:, None]  # (B, T)
         # Both directions of a layer side by side: (layers * 2, B, H / 2) -> (layers, B, H).
         state = map_state(lambda s: torch.cat((s[0::2], s[1::2]), dim=-1), state)
         return memory, valid.to(source.device), state
@@ -819,13 +817,6 @@ class Batches:
         chunk = self.ids[where.to(self.ids.device)]
         return chunk[:, :-1], chunk[:, 1:]
 
-    def state_dict(self):
-        return {"position": self.position, "random": self.random.get_state()}
-
-    def load_state_dict(self, state):
-        self.position = state["position"]
-        self.random.set_state(state["random"])
-
 
 # ----------------------------------------------------------------------------------------------
 # Evaluation
@@ -839,12 +830,6 @@ def cross_entropy(logits, targets, reduction="mean"):
 def accuracy(logits, targets):
     """The fraction of targets (...) that have the largest of the logits (..., classes)."""
     return (logits.argmax(dim=-1) == targets).double().mean().item()
-
-
-def same_state(a, b):
-    """Whether two states are equal, to a hundred thousandth of their largest number."""
-    pairs = [(a, b)] if isinstance(a, torch.Tensor) else zip(a, b)
-    return all((s - t).abs().max() <= 1e-5 * t.abs().max() for s, t in pairs)
 
 
 def evaluate(model, ids, batch=64, context=256):
@@ -861,28 +846,23 @@ def evaluate(model, ids, batch=64, context=256):
         raise ValueError("evaluation needs a text of at least 2 symbols, batch and context of at "
                          f"least 1; got {len(ids)}, {batch} and {context}")
     batch = min(batch, predictions)
-    length = predictions // batch
-    x, y = (ids[k : k + batch * length].view(batch, length) for k in (0, 1))  # (B, length)
-
-    def read(x, y, state):  # -> the sum of all losses, the state at the end
-        total = 0.0
-        for xk, yk in zip(x.split(context, dim=1), y.split(context, dim=1)):
-            logits, state = model(xk, state)
-            total += cross_entropy(logits, yk, reduction="sum").double()
-        return total, state
-
+    length = math.ceil(predictions / batch)
+    missing = batch * length - predictions  # at the end of the last piece, or of the last few
+    x = F.pad(ids[:-1], (0, missing)).view(batch, length)  # (B, length)
+    y = F.pad(ids[1:], (0, missing), value=-100).view(batch, length)  # -100: costs nothing
     with evaluating(model):
         start = zeros = model.init_state(batch)
         for _ in range(batch):
-            total, end = read(x, y, start)
+            total, end = 0.0, start
+            for xk, yk in zip(x.split(context, dim=1), y.split(context, dim=1)):
+                logits, end = model(xk, end)
+                total += cross_entropy(logits, yk, reduction="sum").double()
             # The first piece starts from zeros, each other one where the piece before has ended.
             before, start = start, map_state(lambda z, s: torch.cat((z[:, :1], s[:, :-1]), 1),
                                              zeros, end)
-            if same_state(start, before):
+            pairs = [(start, before)] if isinstance(start, torch.Tensor) else zip(start, before)
+            if all((s - t).abs().max() <= 1e-5 * t.abs().max() for s, t in pairs):
                 break
-        rest = ids[None, batch * length :]  # (1, what is left to predict, and one)
-        last = map_state(lambda s: s[:, -1:].contiguous(), end)
-        total += read(rest[:, :-1], rest[:, 1:], last)[0] if rest.shape[1] > 1 else 0.0
     return float(total) / predictions
 
 
@@ -971,13 +951,11 @@ def load(path, device="cpu"):
     Nothing in the file is run. Raises FileNotFoundError, or ValueError if it is damaged, be it by
     a single bit, or not a checkpoint of this library."""
     try:
-        with open(path, "rb") as file:
+        with zipfile.ZipFile(path) as archive:
             # torch.load compares no checksums, and does not read a part that is marked as a folder.
-            archive = zipfile.ZipFile(file)
             if archive.testzip() or any(p.external_attr & 0x10 for p in archive.infolist()):
                 raise ValueError("a part of it is not what was written")
-            file.seek(0)
-            content = torch.load(file, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
         if content["format"] != "rnn.py 2":
             raise ValueError(f"its format is {content['format']!r}, expected 'rnn.py 2'")
         kind, config, weights = MODELS[content["kind"]], content["config"], content["weights"]

@@ -174,6 +174,13 @@ class Shares(rnn.Batches):
     def next(self):
         return tuple(self.world.share(part) for part in super().next())
 
+    def state_dict(self):
+        return {"position": self.position, "random": self.random.get_state()}
+
+    def load_state_dict(self, state):
+        self.position = state["position"]
+        self.random.set_state(state["random"])
+
 
 def measures(loss):
     """A loss in nats in its three usual forms."""
