@@ -698,9 +698,9 @@ class Seq2Seq(Model):
                 logp[ended] = -math.inf
                 logp[ended, EOS] = 0.0
                 total = (total[..., None] + logp.view(B, beam, V)).flatten(1)  # (B, beam * V)
-                total, best = total.topk(beam)  # (B, beam) each
-                first = torch.arange(B, device=best.device)[:, None] * beam
-                rows = (first + best // V).flatten()  # the rows that go on, (B * beam,)
+                total, best = total.topk(beam)  # (B, beam) each; best: row * V + symbol
+                first = torch.arange(B, device=best.device)[:, None] * beam  # each source's row 0
+                rows = (first + best // V).flatten()  # those that go on, (B * beam,)
                 ids = torch.cat((ids[rows], (best % V).view(-1, 1)), dim=1)
                 weights = torch.cat((weights[rows], looks[rows]), dim=1)
                 state = map_state(lambda s: s[:, rows], state)

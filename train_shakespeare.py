@@ -165,7 +165,8 @@ class Together:
 
 
 class Shares(rnn.Batches):
-    """The same batches in every process, and of each only this process's rows."""
+    """The same batches in every process, and of each only this process's rows. Where they stand can
+    be kept."""
 
     def __init__(self, world, *args):
         super().__init__(*args)
@@ -350,10 +351,7 @@ def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, ba
     lr, warmup        AdamW's rate rises for this many steps, then falls
     schedule          how it falls: by a "cosine", to 3 %; or on a "plateau", two evaluations
                       without a new best, to half
-    clip              largest norm of the gradient; math.inf: no clipping
-    accumulate        compute the gradient of a batch in this many parts
-    dtype             torch.bfloat16 runs the model under autocast
-    seed              torch's global random numbers follow from it, anew at every step
+    weight_decay, clip, accumulate, dtype, seed: see rnn.Trainer
     evals             how often to evaluate on val_ids
     patience          stop after this many evaluations in a row without a new best
     out               folder for best.pt, and for last.pt with all that is needed to go on
