@@ -2,7 +2,8 @@
 
 `rnn.RNN`, `rnn.LSTM` and `rnn.GRU` take the place of torch.nn's: the same arguments, parameter
 names, gate order, initial values, shapes and results. To be read from top to bottom: cells and
-layers, which are the networks; models made of them; then what one does with these.
+layers, which are the networks; models made of them; then what one does with these. Passages marked
+(skip) serve speed, safety and torch.nn's interface: on a first reading leave them out.
 
 Dimensions   T  time steps (symbols in a chunk of text)    I  features that a layer reads
              B  batch (sequences side by side)             H  hidden units of a layer
@@ -21,7 +22,7 @@ Equations    x input, h hidden state, c cell state, ' new value, * elementwise p
                                                         gradients go back through c undiminished)
              h' = o * tanh(c')                          show some; projected: W_hr (o * tanh(c'))
   GRU        r = sigmoid(a_r);  z = sigmoid(a_z)        reset gate, update gate
-             n = tanh(W_in x + b_in + r * (W_hn h + b_hn))    by the rows for n of W_ih, W_hh ...
+             n = tanh(W_in x + b_in + r * (W_hn h + b_hn))    W_in: the last H rows of W_ih, ...
              h' = (1 - z) * n + z * h                   renew some, keep some
 
 Units        Loss: nats per symbol. Perplexity: exp(loss). Bits per character (bpc): loss / ln 2.
@@ -114,79 +115,34 @@ def scan(step, gx, sizes, state, p, reverse=False, keep=False):
 
         rows  a0 b0 c0 | a1 b1 | a2        sizes  [3, 2, 1]        equally long: sizes = [B] * T
 
-    gx (N, G*H); sizes: T ints; state: a tuple of (B, H), for h (B, P) with projection; reverse:
-    walk from the last step to the first; keep: return all that the cell computed at every step, not
-    only h. Returns {"h": (N, H or P), ...} and the final state.
+    gx (N, G*H); sizes: T ints, the rows of each step; state: a tuple of (B, H), for h (B, P) with
+    projection; reverse: walk from the last step to the first; keep: return all that the cell
+    computed at every step, not only h. Returns {"h": (N, H or P), ...} and the final state.
     """
-    rows = gx.split(sizes)  # T x (B_t, G*H)
+    rows = gx.split(sizes)  # T x (sizes[t], G*H)
     kept = [None] * len(rows)
     for t in reversed(range(len(rows))) if reverse else range(len(rows)):
-        # Only the first k of the B sequences have a step t. The others keep their state: their last
+        # Only the first `alive` sequences have a step t. The others keep their state: their last
         # one if they have ended, their first one if (in reverse) they are still to begin.
-        k, B = sizes[t], len(state[0])
-        new = step(rows[t], state if k == B else tuple(s[:k] for s in state), p)
-        state = tuple(new[name] if k == B else torch.cat((new[name], s[k:]))
-                      for name, s in zip(new, state))  # zip ends with state: the gates are left out
+        alive, B = sizes[t], len(state[0])
+        new = step(rows[t], state if alive == B else tuple(s[:alive] for s in state), p)
+        # new begins with h (and c), and zip ends where state does: before the gates.
+        state = tuple(new[name] if alive == B else torch.cat((new[name], s[alive:]))
+                      for name, s in zip(new, state))
         kept[t] = new if keep else {"h": new["h"]}
     return {name: torch.cat([new[name] for new in kept]) for name in kept[0]}, state
-
-
-# ----------------------------------------------------------------------------------------------
-# The fused LSTM, optional: csrc/ does what `plain_lstm` does in native code, where it is built and
-# for inputs that it can run. RNN_FUSED in the environment, 0: never use it; 1: fail if it is not
-# built; unset: use it if it is.
-
-
-def plain_lstm(x, h0, c0, w_ih, bias, w_hh, sizes, reverse):
-    """h and c (N, H) after every row's step, from x (N, I): one direction of one layer."""
-    p = Parameters(weight_hh=w_hh, bias_hh=None, weight_hr=None)
-    steps, _ = scan(lstm_step, F.linear(x, w_ih, bias), sizes, (h0, c0), p, reverse, keep=True)
-    return steps["h"], steps["c"]
-
-
-FUSED = os.environ.get("RNN_FUSED", "")
-if FUSED not in ("", "0", "1"):
-    raise ValueError(f"RNN_FUSED must be 0, 1 or unset, got '{FUSED}'")
-fused = None  # csrc/__init__.py as a module, once it is loaded
-if FUSED != "0":
-    with contextlib.suppress(ModuleNotFoundError):  # there is one once setup.py has been run
-        import rnn_C
-
-        fused = rnn_C.load()  # None, and a warning, if it does not fit this torch or CPU
-
-
-def build():
-    """Compile csrc/, unless that has been done, and let LSTMs use it from now on. Takes a C++
-    compiler, ninja and half a minute; torch keeps the result. Raises RuntimeError if it fails."""
-    global fused
-    if fused:
-        return
-    if FUSED == "0":
-        raise RuntimeError("RNN_FUSED=0 in the environment forbids the fused LSTM")
-    source = os.path.join(os.path.dirname(os.path.abspath(__file__)), "csrc", "__init__.py")
-    try:
-        # Under the name that setup.py gives it: whoever asks for rnn_C gets this one.
-        spec = importlib.util.spec_from_file_location("rnn_C", source)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        module.compile_and_load()
-        sys.modules["rnn_C"] = module  # where torch.compile looks its functions up
-    except Exception as error:  # no compiler, no ninja, no csrc/, an error of the compiler
-        raise RuntimeError(f"the fused LSTM could not be built: {error}") from error
-    fused = module
 
 
 # ----------------------------------------------------------------------------------------------
 # Layers: drop-ins for torch.nn.RNN, LSTM, GRU
 #
 # forward -> _run -> for each layer and direction: _direction -> scan -> step, the cell. Before that
-# `_as_rows` and `_initial_state` check the input and bring its four layouts into one; they come
-# last, and on a first reading may be skipped.
+# `_as_rows` and `_initial_state` check the input and bring its four layouts into one.
 
 
 class RNNBase(nn.Module):
     """Layers of one cell, stacked, in one or both directions. Arguments and errors as in torch.nn:
-    TypeError and ValueError for the arguments, ValueError and RuntimeError for the input.
+    TypeError and ValueError for the arguments, these and RuntimeError for the input and state.
 
     To run a cell of your own through every option, derive from RNN, LSTM or GRU and replace `step`,
     as a staticmethod, and `gates` and `states` if they differ; for further parameters add their
@@ -248,7 +204,7 @@ class RNNBase(nn.Module):
         return self._run(input, hx, keep=True)
 
     def _run(self, input, hx, keep):
-        x, sizes, undo, to_rows, to_caller = self._as_rows(input)  # x (N, I), as `scan` has it
+        x, sizes, undo, to_rows, to_caller = self._as_rows(input)  # x (N, I), rows as in `scan`
         state = self._initial_state(hx, x, sizes[0], to_rows, to_caller)
         ends, traces = [], []
         for k in range(self.num_layers):
@@ -260,16 +216,17 @@ class RNNBase(nn.Module):
             outputs = []
             for d in range(self.directions):
                 start = tuple(s[k * self.directions + d] for s in state)  # (B, H) each
-                steps, end = self._direction(x, sizes, start, self._layer(k, d), d == 1, keep)
-                outputs.append(steps["h"])  # (N, H)
+                computed, end = self._direction(x, sizes, start, self._layer(k, d), d == 1, keep)
+                outputs.append(computed["h"])  # (N, H)
                 ends.append(end)
                 if keep:
-                    traces.append({name: undo(rows) for name, rows in steps.items()})
+                    traces.append({name: undo(rows) for name, rows in computed.items()})
             x = torch.cat(outputs, dim=-1) if self.bidirectional else outputs[0]
-        state = tuple(torch.stack(s)[:, to_caller] for s in zip(*ends))  # as hx
+        # ends has a tuple for each layer and direction; stacked: (layers * directions, B, H).
+        state = tuple(torch.stack(s)[:, to_caller] for s in zip(*ends))
         if (self.states == 2 and torch.is_autocast_enabled(x.device.type)
                 and x.dtype != torch.float64):
-            # Under autocast c is summed in float32. torch.nn.LSTM's results are of the low type.
+            # Under autocast, what is float32 here is of the low type in torch.nn.LSTM's results.
             low = torch.get_autocast_dtype(x.device.type)
             x, state = x.to(low), tuple(s.to(low) for s in state)
         return undo(x), (state if self.states == 2 else state[0]), traces
@@ -287,7 +244,7 @@ class RNNBase(nn.Module):
             p[name] = getattr(self, name + self._suffix(k, d))
         return Parameters(**p)
 
-    # ---- The rest of the class: layouts of the input, checks, and what torch.nn's layers have ----
+    # The rest of the class (skip): the input's layouts, checks, what else torch.nn's layers have
 
     def _as_rows(self, input):
         """The input in the one layout that `_run` knows, rows as for `scan`, (N, I); the rows of
@@ -311,7 +268,7 @@ class RNNBase(nn.Module):
         if T == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
 
-        def undo(rows):  # (N, H) -> (T, B, H), (B, T, H) or (T, H)
+        def undo(rows):  # (N, features) -> (T, B, features), or (B, T, ...), or (T, ...)
             y = rows.view(T, B, rows.shape[-1])
             return y[:, 0] if single else y.transpose(0, 1) if self.batch_first else y
 
@@ -366,7 +323,7 @@ class RNNBase(nn.Module):
             warnings.warn("dropout acts between layers and so needs num_layers greater than 1, "
                           f"but got {dropout=} and num_layers=1", stacklevel=3)
 
-    extra_repr = nn.RNNBase.extra_repr  # shows those of the arguments that are not the defaults
+    extra_repr = nn.RNNBase.extra_repr  # shows the sizes, and what is not as by default
 
     def flatten_parameters(self):
         """Nothing to do: torch.nn's method arranges the weights for cuDNN."""
@@ -391,7 +348,7 @@ class RNN(RNNBase):
 class LSTM(RNNBase):
     step, gates, states = staticmethod(lstm_step), 4, 2
 
-    def _direction(self, x, sizes, state, p, reverse, keep):
+    def _direction(self, x, sizes, state, p, reverse, keep):  # fused, or as above: see further down
         only_plain = keep or self.proj_size or self.step is not lstm_step
         if FUSED == "1" and not fused and not only_plain:
             raise RuntimeError("RNN_FUSED=1, but the fused LSTM is not built: run python setup.py "
@@ -412,6 +369,81 @@ class OriginalGRU(GRU):
     step = staticmethod(original_gru_step)
 
 
+@torch.no_grad()
+def initialize(module):
+    """Initial values for training, in place of torch's uniform ones, in every recurrent and every
+    Linear layer of `module`: recurrent weights orthogonal, which neither shrink nor stretch a
+    state, all others Xavier, which keeps the size of signals; each gate's block on its own. Biases
+    0, but 1 for the forget gate: an LSTM begins with f at 0.73, not 0.5. torch has two biases that
+    are added, so only b_ih gets the 1: setting both would make it 2."""
+    for layer in module.modules():
+        if not isinstance(layer, (RNNBase, nn.Linear)):
+            continue
+        for name, value in layer.named_parameters():
+            if name.startswith("bias"):
+                nn.init.zeros_(value)
+            elif name.startswith("weight_hh"):
+                for block in value.chunk(layer.gates):  # (H, H or P) each
+                    nn.init.orthogonal_(block)
+            elif name.startswith("weight_ih"):
+                for block in value.chunk(layer.gates):  # (H, I) each
+                    nn.init.xavier_uniform_(block)
+            elif name.startswith("weight") and value.dim() == 2:  # W_hr; a Linear's
+                nn.init.xavier_uniform_(value)
+            if name.startswith("bias_ih") and isinstance(layer, LSTM):
+                nn.init.ones_(value.chunk(4)[1])  # i, f, g, o
+    return module
+
+
+# ----------------------------------------------------------------------------------------------
+# The fused LSTM, optional (skip): csrc/ has an LSTM's walk over time as one operator in native
+# code, which is faster; `LSTM._direction` takes it where it is built and the input suits it.
+# RNN_FUSED in the environment, 0: never; 1: an LSTM that could take it fails if it is not built.
+
+
+def plain_lstm(x, h0, c0, w_ih, bias, w_hh, sizes, reverse):
+    """h and c (N, H) after every row's step, from x (N, I): one direction of one layer."""
+    p = Parameters(weight_hh=w_hh, bias_hh=None, weight_hr=None)
+    steps, _ = scan(lstm_step, F.linear(x, w_ih, bias), sizes, (h0, c0), p, reverse, keep=True)
+    return steps["h"], steps["c"]
+
+
+FUSED = os.environ.get("RNN_FUSED", "")
+if FUSED not in ("", "0", "1"):
+    raise ValueError(f"RNN_FUSED must be 0, 1 or unset, got '{FUSED}'")
+fused = None  # csrc/__init__.py as a module, once it is loaded
+if FUSED != "0":
+    with contextlib.suppress(ModuleNotFoundError):  # only setup.py makes this module
+        import rnn_C
+
+        fused = rnn_C.load()  # None, and a warning, if it does not fit this Python, torch or CPU
+
+
+def build():
+    """Compile csrc/, unless that has been done, and let LSTMs use it from now on. Takes a C++
+    compiler, ninja and half a minute; torch keeps the result. Raises RuntimeError if it fails."""
+    global fused
+    if fused:
+        return
+    if FUSED == "0":
+        raise RuntimeError("RNN_FUSED=0 in the environment forbids the fused LSTM")
+    source = os.path.join(os.path.dirname(os.path.abspath(__file__)), "csrc", "__init__.py")
+    try:
+        # Under the name that setup.py gives it: whoever asks for rnn_C gets this one.
+        spec = importlib.util.spec_from_file_location("rnn_C", source)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        module.compile_and_load()
+        sys.modules["rnn_C"] = module  # where torch.compile looks its functions up
+    except Exception as error:  # no compiler, no ninja, no csrc/, an error of the compiler
+        raise RuntimeError(f"the fused LSTM could not be built: {error}") from error
+    fused = module
+
+
+# ----------------------------------------------------------------------------------------------
+# Cell modules: drop-ins for torch.nn.RNNCell, LSTMCell, GRUCell (skip)
+
+
 def map_state(function, *states):
     """Apply a function to a state, whether a tensor (RNN, GRU) or a tuple of two (LSTM)."""
     if isinstance(states[0], torch.Tensor):
@@ -423,7 +455,7 @@ class CellBase:
     """torch.nn's cell modules: a layer that runs for one step, and whose parameters' names have no
     suffix. Stands before RNN, LSTM or GRU in a class's bases, where `super()` here finds them.
     input (B, I) or (I,); hx (B, H) or (H,), for LSTM a tuple (h, c), absent means zeros. Returns
-    the new state. Errors are the layers', in whose shapes a 1 stands first: of one layer."""
+    the new state. Errors are mostly the layers', in whose shapes a 1 stands first: of one layer."""
 
     def __init__(self, input_size, hidden_size, bias=True, device=None, dtype=None):
         super().__init__(input_size, hidden_size, bias=bool(bias), device=device, dtype=dtype)
@@ -439,6 +471,7 @@ class CellBase:
                                  f"got {value.dim()}D instead")
         hx = None if hx is None else map_state(lambda s: s[None], hx)  # (1, B, H): of one layer
         output, state, traces = super()._run(input[None], hx, keep)  # (1, B, I): one step
+        traces = [{name: rows[0] for name, rows in computed.items()} for computed in traces]
         return output[0], map_state(lambda s: s[0], state), traces
 
     def forward(self, input, hx=None):
@@ -462,38 +495,13 @@ class GRUCell(CellBase, GRU):
     pass
 
 
-@torch.no_grad()
-def initialize(module):
-    """Initial values for training, in place of torch's uniform ones, in every recurrent and every
-    Linear layer of `module`: input weights Xavier and recurrent weights orthogonal, each gate's
-    block on its own; biases 0, but 1 for the forget gate: an LSTM begins with f at 0.73, not 0.5.
-    torch has two biases that are added, so only b_ih gets the 1: setting both would make it 2."""
-    for layer in module.modules():
-        if not isinstance(layer, (RNNBase, nn.Linear)):
-            continue
-        for name, value in layer.named_parameters():
-            if name.startswith("bias"):
-                nn.init.zeros_(value)
-            elif name.startswith("weight_hh"):
-                for block in value.chunk(layer.gates):  # (H, H or P) each
-                    nn.init.orthogonal_(block)
-            elif name.startswith("weight_ih"):
-                for block in value.chunk(layer.gates):  # (H, I) each
-                    nn.init.xavier_uniform_(block)
-            elif name.startswith("weight") and value.dim() == 2:  # W_hr; a Linear's
-                nn.init.xavier_uniform_(value)
-            if name.startswith("bias_ih") and isinstance(layer, LSTM):
-                nn.init.ones_(value.chunk(4)[1])  # i, f, g, o
-    return module
-
-
 # ----------------------------------------------------------------------------------------------
 # Models
 
 
 CELLS = {"rnn": RNN, "lstm": LSTM, "gru": GRU, "original_gru": OriginalGRU}  # and your own
-# Padding, and what stands before and after a target: the first symbols of a vocabulary made with
-# specials=SPECIALS.
+# Padding, and what stands at the begin and the end of a target sequence: the first symbols of a
+# vocabulary made with specials=SPECIALS (see Vocab).
 SPECIALS = ["<pad>", "<bos>", "<eos>"]
 PAD, BOS, EOS = range(3)
 
@@ -520,8 +528,8 @@ def evaluating(model):
 
 
 class Model(nn.Module):
-    """What the models share: an embedding, or one-hot vectors, and layers that read them. config:
-    the arguments of a model's constructor, kept so that `load` can make the model again."""
+    """What the models share: an embedding, or one-hot vectors, and layers that read them; each has
+    an `output`, too. config: its constructor's arguments, so that `load` can make it again."""
 
     def __init__(self, config, padding_idx=None):
         super().__init__()
@@ -582,22 +590,22 @@ class CharLM(Model):
         return self.output(self.drop(x, self.dropout)).transpose(0, 1), state  # (B, T, V)
 
     def stepper(self, state):
-        """A function that reads one more symbol of each sequence, from this state on: ids (B,) ->
-        logits (B, V). They are forward's without dropout, but quicker: what stays the same from
-        step to step is looked up here, once."""
+        """(skip) A function that reads one more symbol of each sequence, from this state on: ids
+        (B,) -> logits (B, V). They are forward's without dropout, but quicker: what stays the same
+        from step to step is looked up here, once."""
         rnn, weight, bias = self.rnn, self.output.weight, self.output.bias
         table = None if self.embedding is None else self.embedding.weight  # (V, I)
         layers = [rnn._layer(k, 0) for k in range(rnn.num_layers)]
-        states = list(zip(*state)) if rnn.states == 2 else [(h,) for h in state]  # of each layer
+        states = list(zip(*state)) if rnn.states == 2 else [(h,) for h in state]  # for each layer
 
-        def step(ids):
+        def read_one(ids):
             x = self.embed(ids) if table is None else table[ids]  # (B, I)
             for k, p in enumerate(layers):
-                steps, states[k] = rnn._direction(x, [len(x)], states[k], p, False, False)
-                x = steps["h"]  # (B, H)
+                computed, states[k] = rnn._direction(x, [len(x)], states[k], p, False, False)
+                x = computed["h"]  # (B, H)
             return F.linear(x, weight, bias)
 
-        return step
+        return read_one
 
     def init_state(self, batch):
         """The state before the first symbol, zeros: (layers, B, H), for LSTM a tuple of two."""
@@ -606,10 +614,10 @@ class CharLM(Model):
 
 
 class Classifier(Model):
-    """Many to one: classifies a sequence. Embedding, layers, and an output that reads each
-    direction's last valid hidden state in the last layer. Two classes have two logits, too: their
-    difference is what a single logit would be. Arguments as of CharLM; index 0 is padding, as in a
-    vocabulary with SPECIALS: the embedding of a symbol there would never be learnt."""
+    """Many to one: classifies a sequence. Embedding, layers, and an output that reads the hidden
+    state in which each direction of the last layer ends. Two classes have two logits, too: their
+    difference is what a single logit would be. Arguments that CharLM has mean the same; index 0 is
+    padding, as in a vocabulary with SPECIALS: the embedding of a symbol there is never learnt."""
 
     def __init__(self, vocab_size, classes=2, embed=64, hidden=128, layers=1, cell="lstm",
                  dropout=0.0, bidirectional=False, one_hot=False):
@@ -634,7 +642,7 @@ class Seq2Seq(Model):
     each step attention (Luong et al. 2015) looks where in the source to read: q the decoder's
     hidden state, m_t the encoder's at source step t, both H wide,
 
-        weights = softmax over t of (W q) . m_t       h~ = tanh(W_mix [q, sum of weights * m_t])
+        weights = softmax over t of (W q) . m_t     h~ = tanh(W_mix [q, sum of weights * m_t] + b)
 
     and the output reads h~. Source and target share one vocabulary, which begins with SPECIALS.
     Each direction of the encoder is H / 2 wide. Raises ValueError for values that do not fit."""
@@ -654,8 +662,9 @@ class Seq2Seq(Model):
         """source (B, T), lengths (B,) -> memory (B, T, H), where it is valid (B, T), and the state
         that the decoder starts from."""
         memory, state = self.encoder(pack(self.drop(self.embed(source)), lengths))
-        memory, sizes = pad_packed_sequence(memory, batch_first=True, total_length=source.shape[1])
-        valid = torch.arange(source.shape[1]) < sizes[:, None]  # (B, T)
+        T = source.shape[1]
+        memory, lengths = pad_packed_sequence(memory, batch_first=True, total_length=T)
+        valid = torch.arange(T) < lengths[:, None]  # (B, T)
         # Both directions of a layer side by side: (layers * 2, B, H / 2) -> (layers, B, H).
         state = map_state(lambda s: torch.cat((s[0::2], s[1::2]), dim=-1), state)
         return memory, valid.to(source.device), state
@@ -674,10 +683,10 @@ class Seq2Seq(Model):
         return self.decode(target, *self.encode(source, lengths))[:2]
 
     def translate(self, source, lengths, beam=1, length=100):
-        """The decoder reads its own output, to EOS or for `length` symbols. beam: how many targets,
-        the likeliest so far, are kept at every step; 1 is greedy. Returns the best target of each
-        source: ids (B, M), all EOS after its end; ln of its probability (B,); weights (B, M, T).
-        Raises ValueError for a beam or length below 1."""
+        """(skip) The decoder reads its own output, to EOS or for `length` symbols. beam: how many
+        targets, the likeliest so far, are kept at every step; 1 is greedy. Returns the best target
+        of each source: ids (B, M), all EOS after its end; ln of its probability (B,); weights
+        (B, M, T). Raises ValueError for a beam or length below 1."""
         if beam < 1 or length < 1:
             raise ValueError(f"beam and length must be at least 1, got {beam} and {length}")
         with evaluating(self):
@@ -745,7 +754,7 @@ class Vocab:
 
     @staticmethod
     def _split(text, words):
-        # A word or a run of marks takes one space before it along; other white space stands alone.
+        # A single space goes with the word, or the run of marks, after it; other white space alone.
         return re.findall(r" ?\w+(?:'\w+)*| ?[^\w\s]+|\s+", text) if words else text
 
     def __len__(self):
@@ -856,18 +865,19 @@ def evaluate(model, ids, batch=64, context=256):
             total, end = 0.0, start
             for xk, yk in zip(x.split(context, dim=1), y.split(context, dim=1)):
                 logits, end = model(xk, end)
-                total += cross_entropy(logits, yk, reduction="sum").double()
-            # The first piece starts from zeros, each other one where the piece before has ended.
+                total += float(cross_entropy(logits, yk, reduction="sum"))
+            # Anew: the first piece starts from zeros, each other where the one before has ended.
             before, start = start, map_state(lambda z, s: torch.cat((z[:, :1], s[:, :-1]), 1),
                                              zeros, end)
             pairs = [(start, before)] if isinstance(start, torch.Tensor) else zip(start, before)
-            if all((s - t).abs().max() <= 1e-5 * t.abs().max() for s, t in pairs):
+            if all((s - t).abs().max() <= 1e-5 * t.abs().max() for s, t in pairs):  # as they were
                 break
-    return float(total) / predictions
+    return total / predictions
 
 
 def perplexity(model, ids, batch=64):
-    """exp of the exact loss: that of a choice among so many equally likely symbols."""
+    """exp(loss): the model is as uncertain as one that has to choose from so many symbols, all
+    equally likely. As exact as `evaluate`."""
     return math.exp(evaluate(model, ids, batch))
 
 
@@ -898,7 +908,7 @@ def generate(model, vocab, prompt="", length=500, temperature=1.0, top_k=None, s
         if stream:
             stream.write(prompt)
         for _ in range(length):
-            scores = logits.double().cpu()  # (1, V)
+            scores = logits.cpu().double()  # (1, V)
             if top_k and top_k < scores.shape[-1]:
                 least = scores.topk(top_k).values[:, -1:]
                 scores = scores.masked_fill(scores < least, -math.inf)
@@ -919,7 +929,7 @@ def generate(model, vocab, prompt="", length=500, temperature=1.0, top_k=None, s
 
 
 # ----------------------------------------------------------------------------------------------
-# Checkpoints
+# Checkpoints (skip)
 
 MODELS = {model.__name__: model for model in (CharLM, Classifier, Seq2Seq)}
 
@@ -947,7 +957,7 @@ def save(path, model, vocab, **training):
 
 
 def load(path, device="cpu"):
-    """Read a checkpoint, onto any device: model, vocabulary, and the dict of training's values.
+    """Read a checkpoint: the model, on any device, vocabulary, and the dict of training's values.
     Nothing in the file is run. Raises FileNotFoundError, or ValueError if it is damaged, be it by
     a single bit, or not a checkpoint of this library."""
     try:
@@ -983,9 +993,10 @@ def load(path, device="cpu"):
 
 def backpropagate(model, x, y, state, accumulate, autocast):
     """Add the gradient of the mean loss on one batch, x and y (B, T), to the parameters; with
-    accumulate above 1 in as many parts, some of the rows each, to save memory. Returns the loss and
-    the state after the batch, detached: its values live on, its graph ends here. That truncates
-    backpropagation through time (BPTT): without it every batch would go back to the first one."""
+    accumulate above 1 in up to as many parts, some of the rows each, to save memory. Returns the
+    loss and the state after the batch, detached: its values live on, its graph ends here. That
+    truncates backpropagation through time (BPTT): else the next batch's would go on into this one's
+    graph, which is freed by then (RuntimeError) or, if kept, grows with every batch."""
     loss, ends = 0.0, []
     for k, (xk, yk) in enumerate(zip(x.chunk(accumulate), y.chunk(accumulate))):
         start = map_state(lambda s: s.chunk(accumulate, dim=1)[k], state)  # (layers, part of B, H)
@@ -1010,12 +1021,12 @@ class Trainer:
     order every batch takes over from the one before; `steps` taken.
 
     weight_decay  of matrices; vectors, such as biases, do not decay
-    clip          largest norm of the gradient; math.inf: no clipping
+    clip          largest norm of the gradient, which over many steps may explode; math.inf: none
     accumulate    compute the gradient of a batch in this many parts
     dtype         torch.bfloat16 runs the model under autocast
     seed          torch's global random numbers follow from it and from the step's number, so that
                   a run that was interrupted drops the same units as one that was not
-    Raises ValueError for values that do not fit."""
+    Raises ValueError for values that do not fit, TypeError for another model."""
 
     def __init__(self, model, batches, *, weight_decay=0.01, clip=1.0, accumulate=1,
                  dtype=torch.float32, seed=0):
@@ -1066,8 +1077,8 @@ def train(model, batches, steps, lr=4e-3, warmup=20, **options):
                 print(step, loss, rnn.evaluate(model, held_out))
                 rnn.save("model.pt", model, vocab)
 
-    A second call begins anew but for model and batches. Raises ValueError for bad values,
-    FloatingPointError when loss or norm are not finite."""
+    A second call begins anew but for model and batches. Raises, as it begins, Trainer's errors and
+    ValueError for bad values; FloatingPointError after a step whose loss or norm is not finite."""
     if not (steps >= 1 and warmup >= 0 and 0 <= lr < math.inf):
         raise ValueError("steps must be at least 1, warmup at least 0, lr at least 0 and finite; "
                          f"got {steps=}, {warmup=}, {lr=}")

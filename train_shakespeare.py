@@ -62,7 +62,8 @@ def read_text(path):
 
 
 def download(cached):
-    """Fetch Tiny Shakespeare into the cache. The file appears there whole and checked, or not."""
+    """Fetch Tiny Shakespeare into the cache. The file appears there whole and checked, or not at
+    all."""
     print(f"downloading {URL}", flush=True)
     with urllib.request.urlopen(URL, timeout=10) as answer:
         content = answer.read()
@@ -116,7 +117,8 @@ def shakespeare():
 
 
 class Alone:
-    """The processes that train one model together, when there is only one."""
+    """The processes that train one model together, when there is only one. Together does the same
+    for several, as the comments say."""
 
     rank, count = 0, 1
 
@@ -136,7 +138,7 @@ class Alone:
 class Together:
     """The processes of torchrun. Each reads its share of every batch's rows, and
     DistributedDataParallel gives all of them the mean gradient. The clock, Ctrl-C and the held-out
-    text are rank 0's business; it tells the others. Takes torch.distributed, initialized, with a
+    text are rank 0's business; it tells the others. torch.distributed must be initialized, with a
     backend that serves the CPU too."""
 
     def __init__(self):
@@ -220,7 +222,7 @@ class Run(rnn.Trainer):
         self.evals, self.options, self.notes = evals, options, notes
         # Of this process's rows; a checkpoint has those of all.
         self.state = rnn.map_state(lambda s: world.share(s, 1), self.state)
-        for p in model.parameters():  # as AdamW's first step would: for checkpoints before it
+        for p in model.parameters():  # AdamW's first step would, but a checkpoint comes before it
             self.optimizer.state[p] = {
                 "step": torch.zeros((), dtype=torch.float32, device=p.device),
                 "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
@@ -259,7 +261,7 @@ class Run(rnn.Trainer):
                                                                  stop is not None and stop())
         # One evaluation is due after each evals-th part of the run; 3 * (1 / 3) may be below 1.
         due = int(self.done() * self.evals + 1e-9) > int(past * self.evals + 1e-9)
-        if not (due or self.ending or took > 5):
+        if not (due or self.ending or took > 5):  # a line at least every 5 seconds
             return
         loss = self.report(took)
         if due:
@@ -342,9 +344,10 @@ def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, ba
           context=64, order="sequential", lr=4e-3, warmup=20, schedule="cosine",
           weight_decay=0.01, clip=1.0, accumulate=1, dtype=torch.float32, seed=0, evals=10,
           patience=None, resume=None, notes=None, stop=None, world=None):
-    """Train a CharLM on ids (N,), with all that a long run wants. Returns a dict: "val_loss" (nats
+    """Train a CharLM on ids (L,), with all that a long run wants. Returns a dict: "val_loss" (nats
     per symbol, of the best checkpoint, whose weights the model then has), "steps", "seconds",
-    "chars_per_s", "history" (a list of (step, training loss, val_loss)).
+    "chars_per_s", "history" (a list of (step, training loss, val_loss)). A model of your own must
+    stand in rnn.MODELS.
 
     steps or seconds  the length of the whole run with its evaluations, one of the two
     batch, order      rows, of all processes together; see rnn.Batches
@@ -358,7 +361,8 @@ def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, ba
     resume            the third result of `rnn.load`, with the model of the same: go on there,
                       as if never interrupted if steps or seconds are as before
     notes             a dict that the checkpoints keep
-    stop              is asked after every step: True ends the run there, evaluated and kept
+    stop              is asked after every step: True ends the run there, evaluated and kept (if it
+                      is resumed, it goes on as if there had not been that evaluation)
     world             the processes that train together; see Alone
 
     Raises ValueError for bad values, OSError if `out` cannot be written, FloatingPointError when a
@@ -368,18 +372,20 @@ def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, ba
                "accumulate": accumulate, "dtype": str(dtype), "symbols": len(train_ids)}
     world = world or Alone()
     batches = Shares(world, train_ids, batch, context, order, seed)
-    at_least_1 = min(evals, 1 if patience is None else patience)
     for fine, message in (
-        ((steps is None) != (seconds is None) and (steps or seconds or 0) > 0,
-         f"give either steps or seconds, above 0; got {steps=}, {seconds=}"),
+        ((steps is None) != (seconds is None) and 0 < (steps or seconds or 0) < math.inf,
+         f"give either steps or seconds, above 0 and finite; got {steps=}, {seconds=}"),
         (schedule in ("cosine", "plateau"),
          f"schedule must be 'cosine' or 'plateau', got '{schedule}'"),
-        (at_least_1 >= 1 and warmup >= 0 and 0 <= lr < math.inf,
+        (evals >= 1 and (patience is None or patience >= 1) and warmup >= 0 and 0 <= lr < math.inf,
          "evals, patience must be at least 1, warmup and lr at least 0; got "
          f"{evals=} {patience=} {warmup=} {lr=}"),
         (2 <= len(vocab) == model.vocab_size and len(val_ids) >= 2,
          "training needs two different symbols, a model for just as many, and two symbols to "
          f"evaluate on; got {len(vocab)}, {model.vocab_size} and {len(val_ids)}"),
+        (val_ids.device == train_ids.device and int(val_ids.max()) < model.vocab_size,
+         f"val_ids should be on {train_ids.device}, from 0 to {model.vocab_size - 1}; got up to "
+         f"{int(val_ids.max())} on {val_ids.device}"),
     ):
         if not fine:
             raise ValueError(message)
@@ -401,6 +407,9 @@ def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, ba
         run.advance(halved * rnn.learning_rate(lr, warmup, run.steps, done), stop)
 
     model.load_state_dict(run.best_weights)
+    (missing,) = world.rank_0_says(not (run.out / "best.pt").exists())
+    if missing:  # resumed into another folder, and nothing better was found
+        run.keep("best.pt")
     return {"val_loss": run.best, "steps": run.steps, "seconds": run.seconds,
             "chars_per_s": (run.steps - first_step) * batch * context / max(run.busy, 1e-9),
             "history": run.history}
@@ -435,10 +444,11 @@ def evaluate_windows(model, ids, window=256, stride=64, batch=64):
     if len(ids) < window + 1 or window < 1:
         raise ValueError(f"a text of {len(ids)} symbols has no window of {window} predictions")
     windows = ids.unfold(0, window + 1, stride)  # (windows, window + 1)
+    batch = min(batch, max(1, 2**28 // (window * model.vocab_size)))  # 1 GiB of logits
     with rnn.evaluating(model):
-        losses = [rnn.cross_entropy(model(rows[:, :-1])[0], rows[:, 1:], reduction="sum").double()
-                  for rows in windows.split(batch)]
-    return float(sum(losses)) / (len(windows) * window)
+        total = sum(float(rnn.cross_entropy(model(rows[:, :-1])[0], rows[:, 1:], reduction="sum"))
+                    for rows in windows.split(batch))
+    return total / (len(windows) * window)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -476,16 +486,18 @@ def listen(model, ids):
     gate = {4: "f", 3: "z"}.get(model.rnn.gates)
     with rnn.evaluating(model):
         state = model.init_state(1)
-        for chunk in ids.split(1000):  # a trace takes memory
+        # In chunks, for a trace takes memory; following: the symbol after each.
+        for chunk, following in zip(ids.split(1000), ids.roll(-1).split(1000)):
             h, state, traces = model.rnn.trace(model.embed(chunk[:, None]), state)
             seen = [t["c"].tanh() if "c" in t else t["h"] for t in traces]  # (T, 1, H) each
             cells.append(torch.cat(seen, dim=-1)[:, 0].cpu())
-            if gate:
+            if gate in traces[0]:  # a cell of your own may have others
                 gates.append(torch.cat([t[gate] for t in traces], -1).mean((1, 2)).cpu())
-            losses.append(-model.output(h[:, 0]).log_softmax(-1).cpu())  # (T, V)
-    surprise = torch.zeros(len(ids))
-    surprise[1:] = torch.cat(losses)[:-1].gather(1, ids[1:, None].cpu())[:, 0]
-    return torch.cat(cells), torch.cat(gates) if gate else None, surprise
+            losses.append(torch.nn.functional.cross_entropy(model.output(h[:, 0]), following,
+                                                            reduction="none").cpu())
+    surprise = torch.cat(losses).roll(1)  # of each symbol, not of the one after it
+    surprise[0] = 0.0
+    return torch.cat(cells), torch.cat(gates) if gates else None, surprise
 
 
 def choose(cells, found):
@@ -684,7 +696,7 @@ def make_parser():
     add("--data", metavar="FILE", help="train on this UTF-8 text instead of Shakespeare")
     add("--out", metavar="DIR", help="folder for best.pt and last.pt (default: out, or the "
                                      "resumed checkpoint's)")
-    add("--resume", metavar="CKPT", help="go on with the run of this last.pt")
+    add("--resume", metavar="CKPT", help="go on with the run of this last.pt (with its --data)")
     add("--sample", metavar="CKPT", help="do not train, only let this checkpoint write")
     add("--show", metavar="HTML", help="with --sample: instead, write a page that shows what the "
                                        "network's cells do as it reads held-out text")
@@ -706,7 +718,8 @@ def make_parser():
     add("--device", help="default: cuda if there is one, else cpu")
     add("--dtype", choices=["float32", "bfloat16"],
         help="default: bfloat16 where the device has a unit for it, else float32")
-    add("--seed", type=int, metavar="N", help=f"default {TRAINING['seed']}")
+    add("--seed", type=int, metavar="N", help=f"default {TRAINING['seed']}; without it samples "
+                                              "differ from call to call")
     add("--no-fused", action="store_true", help="never use the fused LSTM of csrc/; with "
                                                        "RNN_FUSED=0 it is not even loaded")
     add("--prompt", default="", metavar="TEXT", help="what the sample continues")
@@ -720,7 +733,7 @@ def settle(args, defaults, stored, path):
     """Every setting named in defaults: as given, else as in the resumed run, else the default."""
     given = {name: value for name, value in vars(args).items()
              if name in defaults and value is not None}
-    wrong = [f"--{name} {given[name]} (it was {stored[name]})" for name in given
+    wrong = [f"--{name.replace('_', '-')} {given[name]} (it was {stored[name]})" for name in given
              if name in stored and stored[name] != given[name]]
     if wrong:
         raise ValueError(f"{path} cannot go on with {', '.join(wrong)}")
@@ -817,7 +830,7 @@ def job(args, device, world):
         vocab = rnn.Vocab.of(text)
         torch.manual_seed(settings["seed"])
         model = rnn.initialize(rnn.CharLM(len(vocab), **model_settings)).to(device)
-    write(model, vocab, args, 0, io.StringIO())  # a bad prompt must show now, not at the end
+    write(model, vocab, args, min(args.length, 0), io.StringIO())  # bad flags must show now
     ids = vocab.encode(text).to(device)
     split = int(0.9 * len(ids))
     train_ids, val_ids = ids[:split], ids[split:]
@@ -845,7 +858,7 @@ def job(args, device, world):
     loss, window = result["val_loss"], min(256, len(val_ids) - 1)
     windowed = evaluate_windows(model, val_ids, window)
     print(f"final val_loss={loss:.4f} nats bpc={loss / math.log(2):.4f} "
-          f"ppl={math.exp(loss):.3f} chars_per_s={result['chars_per_s']:.0f} "
+          f"ppl={math.exp(min(loss, 99)):.3f} chars_per_s={result['chars_per_s']:.0f} "
           f"seconds={result['seconds']:.1f} params={params} windows_of_{window}={windowed:.4f}")
     print(f"sample, from {out}/best.pt at temperature {args.temperature}:")
     write(model, vocab, args, args.length, sys.stdout)

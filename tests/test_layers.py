@@ -228,6 +228,14 @@ def test_wrong_input(input, hx, error, message):
             rnn.GRU(I, H)(input)
 
 
+@pytest.mark.parametrize("shape", [(B, I), (I,)], ids=str)
+def test_trace_of_a_cell(shape):
+    cell, x = rnn.LSTMCell(I, H), torch.randn(shape)
+    _, (h, c), (trace,) = cell.trace(x)
+    assert list(trace) == ["h", "c", "i", "f", "g", "o"]
+    assert torch.equal(trace["h"], h) and torch.equal(trace["c"], c) and h.shape == (*shape[:-1], H)
+
+
 @pytest.mark.parametrize("cell", ["LSTMCell", "GRUCell", "RNNCell"])
 def test_cells_take_no_other_arguments(cell):
     for name in ("num_layers", "bidirectional", "proj_size"):

@@ -805,6 +805,7 @@ def test_ctrl_c_leaves_the_last_checkpoint(text, tmp_path, monkeypatch):
     ({"steps": 1, "order": "shuffled"}, "got 'shuffled'"),
     ({"steps": 1, "batch": 4000}, "is too short"), ({"steps": 0}, "steps=0"),
     ({"seconds": math.nan}, "seconds=nan"), ({"steps": 1, "evals": 0}, "evals=0"),
+    ({"seconds": math.inf}, "above 0 and finite.*seconds=inf"),
     ({"steps": 1, "patience": 0}, "patience=0"), ({"steps": 1, "clip": -1.0}, "clip=-1.0"),
     ({"steps": 1, "lr": -1.0}, "lr=-1.0"), ({"steps": 1, "lr": math.nan}, "lr=nan"),
     ({"steps": 1, "accumulate": 0}, "accumulate=0"), ({"steps": 1, "warmup": -1}, "warmup=-1"),
@@ -853,6 +854,24 @@ def test_resume_elsewhere_and_twice(text, tmp_path):
             assert again["val_loss"] == first["val_loss"] and again["steps"] == 20
     best = rnn.load(tmp_path / "a" / "best.pt")[0]
     assert all(torch.equal(a, b) for a, b in zip(best.parameters(), model.parameters()))
+
+
+def test_resumed_elsewhere_without_a_better_one(text, tmp_path):
+    """The new folder has the best model all the same: the old one."""
+    _, first, _ = run(text, tmp_path / "a", steps=20, evals=2)
+    model, _, training = rnn.load(tmp_path / "a" / "last.pt")
+    training["run"]["best"] = 0.0  # nothing can be better
+    _, result, _ = run(text, tmp_path / "b", steps=22, evals=2, model=model, resume=training)
+    assert result["steps"] == 22 and result["val_loss"] == 0.0
+    old, new = (rnn.load(tmp_path / name / "best.pt")[0] for name in "ab")
+    assert all(torch.equal(a, b) for a, b in zip(old.parameters(), new.parameters()))
+
+
+def test_held_out_ids_are_looked_at_first(vocab, ids, tmp_path):
+    with pytest.raises(ValueError, match=f"from 0 to {len(vocab) - 1}; got up to {len(vocab)} on"):
+        train(small(vocab), vocab, ids, torch.tensor([0, len(vocab)]), tmp_path / "out", steps=1,
+              batch=4)
+    assert not (tmp_path / "out").exists()
 
 
 def test_resume_with_less_patience_or_nothing_to_do(text, tmp_path):

@@ -213,6 +213,19 @@ def test_what_the_page_hears_is_what_the_network_does(folder):
     assert surprise[0] == 0 and model.training
 
 
+def test_listening_to_a_cell_that_shows_no_gates(monkeypatch):
+    class Closed(rnn.LSTM):
+        @staticmethod
+        def step(gx, state, p):
+            computed = rnn.lstm_step(gx, state, p)
+            return {"h": computed["h"], "c": computed["c"]}
+
+    monkeypatch.setitem(rnn.CELLS, "closed", Closed)
+    ids = torch.arange(40) % 5
+    cells, gate, surprise = train_shakespeare.listen(rnn.CharLM(5, hidden=3, cell="closed"), ids)
+    assert cells.shape == (40, 3) and gate is None and surprise.shape == (40,)
+
+
 def test_a_page_from_another_text_or_a_young_checkpoint(folder, monkeypatch):
     monkeypatch.chdir(folder)
     model, vocab, _ = rnn.load("out/best.pt")
@@ -276,6 +289,11 @@ def test_a_page_that_cannot_be_made_is_one_clear_error(folder, monkeypatch, argu
     (["--data", "text.txt", "--out", "text.txt", *SMALL], "text.txt"),
     (["--data", "text.txt", "--prompt", "Zoë"], "not in the vocabulary: 'Z', 'ë'"),
     (["--data", "text.txt", "--temperature", "-1"], "temperature must be .*, got -1"),
+    (["--data", "text.txt", "--length", "-1"], "length must be 0 or more, .* got -1"),
+    (["--data", "text.txt", "--top-k", "0"], "top_k at least 1, got .* and 0"),
+    (["--data", "text.txt", "--lr", "-1", *SMALL], "lr at least 0; got .*lr=-1.0"),
+    (["--resume", "out/last.pt", "--data", "text.txt", "--weight-decay", "9", "--lr", "nan"],
+     r"go on with --lr nan \(it was 0.005\), --weight-decay 9.0 \(it was 0.05\)"),
     (["--data", "text.txt", "--device", "nonsense"], "nonsense"),
 ])
 def test_bad_input_is_one_clear_error(folder, monkeypatch, capsys, arguments, message):
