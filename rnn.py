@@ -348,7 +348,8 @@ class RNN(RNNBase):
 class LSTM(RNNBase):
     step, gates, states = staticmethod(lstm_step), 4, 2
 
-    def _direction(self, x, sizes, state, p, reverse, keep):  # fused, or as above: see further down
+    def _direction(self, x, sizes, state, p, reverse, keep):
+        """As above, or fused (see below): csrc/ has this cell without projection, and returns h."""
         only_plain = keep or self.proj_size or self.step is not lstm_step
         if FUSED == "1" and not fused and not only_plain:
             raise RuntimeError("RNN_FUSED=1, but the fused LSTM is not built: run python setup.py "
@@ -367,6 +368,13 @@ class GRU(RNNBase):
 
 class OriginalGRU(GRU):
     step = staticmethod(original_gru_step)
+
+
+def map_state(function, *states):
+    """Apply a function to a state, whether a tensor (RNN, GRU) or a tuple of two (LSTM)."""
+    if isinstance(states[0], torch.Tensor):
+        return function(*states)
+    return tuple(function(*parts) for parts in zip(*states))
 
 
 @torch.no_grad()
@@ -442,13 +450,6 @@ def build():
 
 # ----------------------------------------------------------------------------------------------
 # Cell modules: drop-ins for torch.nn.RNNCell, LSTMCell, GRUCell (skip)
-
-
-def map_state(function, *states):
-    """Apply a function to a state, whether a tensor (RNN, GRU) or a tuple of two (LSTM)."""
-    if isinstance(states[0], torch.Tensor):
-        return function(*states)
-    return tuple(function(*parts) for parts in zip(*states))
 
 
 class CellBase:
