@@ -501,7 +501,7 @@ class GRUCell(CellBase, GRU):
 
 
 CELLS = {"rnn": RNN, "lstm": LSTM, "gru": GRU, "original_gru": OriginalGRU}  # and your own
-# Padding, and what stands at the begin and the end of a target sequence: the first symbols of a
+# Padding, and what stands at the beginning and end of a target sequence: the first symbols of a
 # vocabulary made with specials=SPECIALS (see Vocab).
 SPECIALS = ["<pad>", "<bos>", "<eos>"]
 PAD, BOS, EOS = range(3)
@@ -973,7 +973,7 @@ def load(path, device="cpu"):
         if config.get("layers", 0) > len(weights):  # a billion of them would take for ever
             raise ValueError(f"weights of {len(weights)} tensors for {config['layers']} layers")
         with torch.device("meta"):  # whatever the sizes, this takes no memory: they must fit first
-            kind(**config).load_state_dict(dict(weights), assign=True)  # a copy: it leaves marks
+            kind(**config).load_state_dict(dict(weights), assign=True)  # copied, for it is marked
         with torch.random.fork_rng(devices=[]):  # initial values are drawn, but not wanted
             model = kind(**config).to(next(iter(weights.values())).dtype)
         model.load_state_dict(weights)
