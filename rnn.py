@@ -349,7 +349,7 @@ class LSTM(RNNBase):
     step, gates, states = staticmethod(lstm_step), 4, 2
 
     def _direction(self, x, sizes, state, p, reverse, keep):
-        """As above, or fused (see below): csrc/ has this cell without projection, and returns h."""
+        """(skip) As above, or fused (see below): csrc/ has this cell, without P, and returns h."""
         only_plain = keep or self.proj_size or self.step is not lstm_step
         if FUSED == "1" and not fused and not only_plain:
             raise RuntimeError("RNN_FUSED=1, but the fused LSTM is not built: run python setup.py "
@@ -843,8 +843,9 @@ def accuracy(logits, targets):
 
 
 def evaluate(model, ids, batch=64, context=256):
-    """The exact loss on a text, ids (L,), in nats per symbol: the state is carried from the first
-    symbol to the last, and all L - 1 predictions count alike. Raises ValueError if L < 2.
+    """(skip) The exact loss on a text, ids (L,), in nats per symbol: the state is carried from the
+    first symbol to the last, and all L - 1 predictions count alike. Raises ValueError if L < 2, and
+    for batch or context below 1.
 
     To be quick, `batch` pieces of the text are read side by side. Each should start from the state
     in which the piece before it ends, which is not known yet: so all start from zeros, then once
