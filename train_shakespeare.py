@@ -9,6 +9,9 @@
 
 The text is Tiny Shakespeare: the first 90 % train, the last 10 % measure. Ctrl-C ends the training
 early but in order. All flags: --help.
+
+Below: the text; the run, which is what surrounds the steps of rnn.Trainer; the job, with `main`; and
+the page of --show.
 """
 
 import argparse
@@ -452,7 +455,212 @@ def evaluate_windows(model, ids, window=256, stride=64, batch=64):
 
 
 # ----------------------------------------------------------------------------------------------
-# Looking inside: a page with held-out text, coloured by what single cells do
+# The job
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--data", metavar="FILE", help="train on this UTF-8 text instead of Shakespeare")
+    add("--out", metavar="DIR", help="folder for best.pt and last.pt (default: out, or the "
+                                     "resumed checkpoint's)")
+    add("--resume", metavar="CKPT", help="go on with the run of this last.pt (with its --data)")
+    add("--sample", metavar="CKPT", help="do not train, only let this checkpoint write")
+    add("--show", metavar="HTML", help="with --sample: instead, write a page that shows what the "
+                                       "network's cells do as it reads held-out text")
+    add("--cell", metavar="CELL", help="lstm (the default), gru, rnn, or another of rnn.CELLS")
+    for name in ("layers", "hidden", "embed", "batch", "context"):
+        add(f"--{name}", type=int, metavar="N", help=f"default {(MODEL | TRAINING)[name]}")
+    add("--dropout", type=float, metavar="P", help="on the output and between layers, default "
+                                                   f"{MODEL['dropout']}")
+    add("--embed-dropout", type=float, metavar="P", help="on the embedding, default "
+                                                         f"{MODEL['embed_dropout']}")
+    add("--variational", action=argparse.BooleanOptionalAction,
+        help="drop the same units at all steps of a chunk, not others at each; default: yes")
+    add("--lr", type=float, help=f"largest learning rate, default {TRAINING['lr']}")
+    add("--weight-decay", type=float, metavar="W", help=f"default {TRAINING['weight_decay']}")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--seconds", type=float, metavar="S",
+                        help="length of the whole run, default 180")
+    length.add_argument("--steps", type=int, metavar="N", help="the same in optimizer steps")
+    add("--device", help="default: cuda if there is one, else cpu")
+    add("--dtype", choices=["float32", "bfloat16"],
+        help="default: bfloat16 where the device has a unit for it, else float32")
+    add("--seed", type=int, metavar="N", help=f"default {TRAINING['seed']}; without it samples "
+                                              "differ from call to call")
+    add("--no-fused", action="store_true", help="never use the fused LSTM of csrc/; with "
+                                                       "RNN_FUSED=0 it is not even loaded")
+    add("--prompt", default="", metavar="TEXT", help="what the sample continues")
+    add("--length", type=int, default=500, metavar="N", help="symbols to sample, default 500")
+    add("--temperature", type=float, default=0.8, metavar="T", help="default 0.8; 0: the likeliest")
+    add("--top-k", type=int, metavar="K", help="draw among the K likeliest only")
+    return parser
+
+
+def settle(args, defaults, stored, path):
+    """Every setting named in defaults: as given, else as in the resumed run, else the default."""
+    given = {name: value for name, value in vars(args).items()
+             if name in defaults and value is not None}
+    wrong = [f"--{name.replace('_', '-')} {given[name]} (it was {stored[name]})" for name in given
+             if name in stored and stored[name] != given[name]]
+    if wrong:
+        raise ValueError(f"{path} cannot go on with {', '.join(wrong)}")
+    return {**defaults, **{k: v for k, v in stored.items() if k in defaults}, **given}
+
+
+def build_fused(cell):
+    """Compile the fused LSTM if it may and can be used; otherwise say in one line why not."""
+    if cell != "lstm" or rnn.fused or rnn.FUSED == "0":
+        return bool(rnn.fused)
+    try:
+        print("compiling csrc/, once: about half a minute", file=sys.stderr, flush=True)
+        rnn.build()
+    except RuntimeError as error:
+        if rnn.FUSED == "1":
+            raise ValueError(error) from error
+        print(f"plain path: {first_line(error)}", file=sys.stderr, flush=True)
+    return bool(rnn.fused)
+
+
+def fast_dtype(device):
+    """bfloat16 where the device multiplies matrices of it (AVX-512's products of pairs are no
+    quicker than float32), else float32."""
+    if device.startswith("cuda"):
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = torch.cpu.get_capabilities().get("amx_bf16")
+    return "bfloat16" if fast else "float32"
+
+
+def once(world, make):
+    """What `make` returns. Of several processes only rank 0 calls it, and tells the others, which
+    wait: so there is one download, one compilation, and one text for all."""
+    return world.from_all(make() if world.rank == 0 else None)[0]
+
+
+def first_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def choose_device(name, on_its_own):
+    """The device to run on; ValueError if it cannot be used. Of several processes each has a GPU of
+    its own, which is what "cuda" means from then on."""
+    device = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        if device == "cuda" and not on_its_own:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device} cannot be used: {error}") from error
+    return device
+
+
+def write(model, vocab, args, length, stream):
+    """Let the model write, as the flags say."""
+    rnn.generate(model, vocab, args.prompt, length, args.temperature, args.top_k, args.seed, stream)
+    print(file=stream)
+
+
+def only_sample(args, device):
+    model, vocab, training = rnn.load(args.sample, device)
+    if args.show:
+        return look_inside(model, vocab, training, args)
+    if not isinstance(model, rnn.CharLM):
+        raise ValueError(f"{args.sample} is a {type(model).__name__}, which cannot write: "
+                         "a CharLM can")
+    build_fused(model.config["cell"])
+    write(model, vocab, args, args.length, sys.stdout)
+
+
+def job(args, device, world):
+    resumed, stored = None, {}
+    if args.resume:
+        model, vocab, resumed = rnn.load(args.resume, device)
+        notes = {**TRAINING, **LENGTH, "dtype": "", "sha256": ""}
+        check_stored("notes", resumed.get("notes"), notes)
+        stored = {**model.config, **resumed["notes"]}
+    settings = settle(args, {**MODEL, **TRAINING}, stored, args.resume)
+    model_settings = {name: settings.pop(name) for name in MODEL}
+    if once(world, lambda: build_fused(model_settings["cell"])) and not rnn.fused:
+        rnn.build()  # takes what rank 0 has compiled
+    settings["dtype"] = settings["dtype"] or fast_dtype(device)
+    length = {"steps": args.steps or 0, "seconds": args.seconds or 0}
+    if not any(length.values()):
+        length = {name: stored.get(name, default) for name, default in LENGTH.items()}
+
+    text, name = once(world, lambda: (read_text(args.data), args.data) if args.data
+                      else shakespeare())
+    digest = hashlib.sha256(text.encode("utf-8")).hexdigest()
+    if stored.get("sha256", digest) != digest:
+        raise ValueError(f"{args.resume} was trained on a text with sha256 {stored['sha256']}, "
+                         f"not on {name} ({digest}): give the same text with --data")
+    if not resumed:
+        vocab = rnn.Vocab.of(text)
+        torch.manual_seed(settings["seed"])
+        model = rnn.initialize(rnn.CharLM(len(vocab), **model_settings)).to(device)
+    write(model, vocab, args, min(args.length, 0), io.StringIO())  # bad flags must show now
+    ids = vocab.encode(text).to(device)
+    split = int(0.9 * len(ids))
+    train_ids, val_ids = ids[:split], ids[split:]
+    params = sum(p.numel() for p in model.parameters())
+    dtype = getattr(torch, settings["dtype"])
+    with torch.autocast(ids.device.type, dtype, enabled=dtype != torch.float32):
+        served = rnn.fused and rnn.fused.can_run(torch.empty(0, device=device))
+    path = "fused" if served and model_settings["cell"] == "lstm" else "plain"
+    notes = {**settings, **length, "sha256": digest}
+    length = {name: value for name, value in length.items() if value}
+    if world.rank == 0:
+        print(f"text: {name}, {len(ids):,} characters, {len(vocab)} symbols, sha256 {digest}\n"
+              f"model: {params:,} parameters, {model_settings}, on {device}, {path} path\n"
+              f"training: {settings}, {length}"
+              + (f", {world.count} processes" if world.count > 1 else ""), flush=True)
+
+    out = args.out or (pathlib.Path(args.resume).parent if args.resume else "out")
+    evals = 10 if "steps" in length else min(10, max(1, int(length["seconds"] / 30)))
+    with ctrl_c_between_steps() as pressed:
+        result = train(model, vocab, train_ids, val_ids, out, evals=evals, resume=resumed,
+                       notes=notes, stop=pressed, world=world,
+                       **{**settings, **length, "dtype": dtype})
+    if world.rank > 0:
+        return
+    loss, window = result["val_loss"], min(256, len(val_ids) - 1)
+    windowed = evaluate_windows(model, val_ids, window)
+    print(f"final val_loss={loss:.4f} nats bpc={loss / math.log(2):.4f} "
+          f"ppl={math.exp(min(loss, 99)):.3f} chars_per_s={result['chars_per_s']:.0f} "
+          f"seconds={result['seconds']:.1f} params={params} windows_of_{window}={windowed:.4f}")
+    print(f"sample, from {out}/best.pt at temperature {args.temperature}:")
+    write(model, vocab, args, args.length, sys.stdout)
+
+
+def main(argv=None):
+    args = make_parser().parse_args(argv)
+    if args.no_fused:
+        rnn.fused, rnn.FUSED = None, "0"
+    for name in ("steps", "seconds"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"--{name} must be above 0, got {value}")
+    if args.show and not args.sample:
+        raise ValueError("--show needs a checkpoint to look into: --sample CKPT")
+    on_its_own = not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys()  # else: of torchrun
+    device = choose_device(args.device, on_its_own)
+    if args.sample:
+        return only_sample(args, device)
+    if on_its_own:
+        return job(args, device, Alone())
+    # DistributedDataParallel imports this module. If it does so later, its functions' defaults
+    # keep the process group, whose threads would then live on and can abort the exit.
+    import torch.distributed.nn
+
+    on_gpu = device.startswith("cuda")
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    job(args, device, Together())
+    torch.distributed.barrier()  # none leaves while another still talks to it
+    torch.distributed.destroy_process_group()
+
+
+# ----------------------------------------------------------------------------------------------
+# Looking inside (--show): a page with held-out text, coloured by what single cells do
 
 SCORED, SHOWN = 60_000, 1_500  # characters that cells are scored on, and that the page shows
 
@@ -685,210 +893,6 @@ at("text").onpointerover = at("text").onclick = event => {
 show(views[0]);
 </script></body></html>
 """
-
-# ----------------------------------------------------------------------------------------------
-# The job
-
-
-def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("--data", metavar="FILE", help="train on this UTF-8 text instead of Shakespeare")
-    add("--out", metavar="DIR", help="folder for best.pt and last.pt (default: out, or the "
-                                     "resumed checkpoint's)")
-    add("--resume", metavar="CKPT", help="go on with the run of this last.pt (with its --data)")
-    add("--sample", metavar="CKPT", help="do not train, only let this checkpoint write")
-    add("--show", metavar="HTML", help="with --sample: instead, write a page that shows what the "
-                                       "network's cells do as it reads held-out text")
-    add("--cell", metavar="CELL", help="lstm (the default), gru, rnn, or another of rnn.CELLS")
-    for name in ("layers", "hidden", "embed", "batch", "context"):
-        add(f"--{name}", type=int, metavar="N", help=f"default {(MODEL | TRAINING)[name]}")
-    add("--dropout", type=float, metavar="P", help="on the output and between layers, default "
-                                                   f"{MODEL['dropout']}")
-    add("--embed-dropout", type=float, metavar="P", help="on the embedding, default "
-                                                         f"{MODEL['embed_dropout']}")
-    add("--variational", action=argparse.BooleanOptionalAction,
-        help="drop the same units at all steps of a chunk, not others at each; default: yes")
-    add("--lr", type=float, help=f"largest learning rate, default {TRAINING['lr']}")
-    add("--weight-decay", type=float, metavar="W", help=f"default {TRAINING['weight_decay']}")
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--seconds", type=float, metavar="S",
-                        help="length of the whole run, default 180")
-    length.add_argument("--steps", type=int, metavar="N", help="the same in optimizer steps")
-    add("--device", help="default: cuda if there is one, else cpu")
-    add("--dtype", choices=["float32", "bfloat16"],
-        help="default: bfloat16 where the device has a unit for it, else float32")
-    add("--seed", type=int, metavar="N", help=f"default {TRAINING['seed']}; without it samples "
-                                              "differ from call to call")
-    add("--no-fused", action="store_true", help="never use the fused LSTM of csrc/; with "
-                                                       "RNN_FUSED=0 it is not even loaded")
-    add("--prompt", default="", metavar="TEXT", help="what the sample continues")
-    add("--length", type=int, default=500, metavar="N", help="symbols to sample, default 500")
-    add("--temperature", type=float, default=0.8, metavar="T", help="default 0.8; 0: the likeliest")
-    add("--top-k", type=int, metavar="K", help="draw among the K likeliest only")
-    return parser
-
-
-def settle(args, defaults, stored, path):
-    """Every setting named in defaults: as given, else as in the resumed run, else the default."""
-    given = {name: value for name, value in vars(args).items()
-             if name in defaults and value is not None}
-    wrong = [f"--{name.replace('_', '-')} {given[name]} (it was {stored[name]})" for name in given
-             if name in stored and stored[name] != given[name]]
-    if wrong:
-        raise ValueError(f"{path} cannot go on with {', '.join(wrong)}")
-    return {**defaults, **{k: v for k, v in stored.items() if k in defaults}, **given}
-
-
-def build_fused(cell):
-    """Compile the fused LSTM if it may and can be used; otherwise say in one line why not."""
-    if cell != "lstm" or rnn.fused or rnn.FUSED == "0":
-        return bool(rnn.fused)
-    try:
-        print("compiling csrc/, once: about half a minute", file=sys.stderr, flush=True)
-        rnn.build()
-    except RuntimeError as error:
-        if rnn.FUSED == "1":
-            raise ValueError(error) from error
-        print(f"plain path: {first_line(error)}", file=sys.stderr, flush=True)
-    return bool(rnn.fused)
-
-
-def fast_dtype(device):
-    """bfloat16 where the device multiplies matrices of it (AVX-512's products of pairs are no
-    quicker than float32), else float32."""
-    if device.startswith("cuda"):
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = torch.cpu.get_capabilities().get("amx_bf16")
-    return "bfloat16" if fast else "float32"
-
-
-def once(world, make):
-    """What `make` returns. Of several processes only rank 0 calls it, and tells the others, which
-    wait: so there is one download, one compilation, and one text for all."""
-    return world.from_all(make() if world.rank == 0 else None)[0]
-
-
-def first_line(error):
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def choose_device(name, on_its_own):
-    """The device to run on; ValueError if it cannot be used. Of several processes each has a GPU of
-    its own, which is what "cuda" means from then on."""
-    device = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        if device == "cuda" and not on_its_own:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device} cannot be used: {error}") from error
-    return device
-
-
-def write(model, vocab, args, length, stream):
-    """Let the model write, as the flags say."""
-    rnn.generate(model, vocab, args.prompt, length, args.temperature, args.top_k, args.seed, stream)
-    print(file=stream)
-
-
-def only_sample(args, device):
-    model, vocab, training = rnn.load(args.sample, device)
-    if args.show:
-        return look_inside(model, vocab, training, args)
-    if not isinstance(model, rnn.CharLM):
-        raise ValueError(f"{args.sample} is a {type(model).__name__}, which cannot write: "
-                         "a CharLM can")
-    build_fused(model.config["cell"])
-    write(model, vocab, args, args.length, sys.stdout)
-
-
-def job(args, device, world):
-    resumed, stored = None, {}
-    if args.resume:
-        model, vocab, resumed = rnn.load(args.resume, device)
-        notes = {**TRAINING, **LENGTH, "dtype": "", "sha256": ""}
-        check_stored("notes", resumed.get("notes"), notes)
-        stored = {**model.config, **resumed["notes"]}
-    settings = settle(args, {**MODEL, **TRAINING}, stored, args.resume)
-    model_settings = {name: settings.pop(name) for name in MODEL}
-    if once(world, lambda: build_fused(model_settings["cell"])) and not rnn.fused:
-        rnn.build()  # takes what rank 0 has compiled
-    settings["dtype"] = settings["dtype"] or fast_dtype(device)
-    length = {"steps": args.steps or 0, "seconds": args.seconds or 0}
-    if not any(length.values()):
-        length = {name: stored.get(name, default) for name, default in LENGTH.items()}
-
-    text, name = once(world, lambda: (read_text(args.data), args.data) if args.data
-                      else shakespeare())
-    digest = hashlib.sha256(text.encode("utf-8")).hexdigest()
-    if stored.get("sha256", digest) != digest:
-        raise ValueError(f"{args.resume} was trained on a text with sha256 {stored['sha256']}, "
-                         f"not on {name} ({digest}): give the same text with --data")
-    if not resumed:
-        vocab = rnn.Vocab.of(text)
-        torch.manual_seed(settings["seed"])
-        model = rnn.initialize(rnn.CharLM(len(vocab), **model_settings)).to(device)
-    write(model, vocab, args, min(args.length, 0), io.StringIO())  # bad flags must show now
-    ids = vocab.encode(text).to(device)
-    split = int(0.9 * len(ids))
-    train_ids, val_ids = ids[:split], ids[split:]
-    params = sum(p.numel() for p in model.parameters())
-    dtype = getattr(torch, settings["dtype"])
-    with torch.autocast(ids.device.type, dtype, enabled=dtype != torch.float32):
-        served = rnn.fused and rnn.fused.can_run(torch.empty(0, device=device))
-    path = "fused" if served and model_settings["cell"] == "lstm" else "plain"
-    notes = {**settings, **length, "sha256": digest}
-    length = {name: value for name, value in length.items() if value}
-    if world.rank == 0:
-        print(f"text: {name}, {len(ids):,} characters, {len(vocab)} symbols, sha256 {digest}\n"
-              f"model: {params:,} parameters, {model_settings}, on {device}, {path} path\n"
-              f"training: {settings}, {length}"
-              + (f", {world.count} processes" if world.count > 1 else ""), flush=True)
-
-    out = args.out or (os.path.dirname(args.resume) or "." if args.resume else "out")
-    evals = 10 if "steps" in length else min(10, max(1, int(length["seconds"] / 30)))
-    with ctrl_c_between_steps() as pressed:
-        result = train(model, vocab, train_ids, val_ids, out, evals=evals, resume=resumed,
-                       notes=notes, stop=pressed, world=world,
-                       **{**settings, **length, "dtype": dtype})
-    if world.rank > 0:
-        return
-    loss, window = result["val_loss"], min(256, len(val_ids) - 1)
-    windowed = evaluate_windows(model, val_ids, window)
-    print(f"final val_loss={loss:.4f} nats bpc={loss / math.log(2):.4f} "
-          f"ppl={math.exp(min(loss, 99)):.3f} chars_per_s={result['chars_per_s']:.0f} "
-          f"seconds={result['seconds']:.1f} params={params} windows_of_{window}={windowed:.4f}")
-    print(f"sample, from {out}/best.pt at temperature {args.temperature}:")
-    write(model, vocab, args, args.length, sys.stdout)
-
-
-def main(argv=None):
-    args = make_parser().parse_args(argv)
-    if args.no_fused:
-        rnn.fused, rnn.FUSED = None, "0"
-    for name in ("steps", "seconds"):
-        value = getattr(args, name)
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"--{name} must be above 0, got {value}")
-    if args.show and not args.sample:
-        raise ValueError("--show needs a checkpoint to look into: --sample CKPT")
-    on_its_own = not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys()  # else: of torchrun
-    device = choose_device(args.device, on_its_own)
-    if args.sample:
-        return only_sample(args, device)
-    if on_its_own:
-        return job(args, device, Alone())
-    # DistributedDataParallel imports this module. If it does so later, its functions' defaults
-    # keep the process group, whose threads would then live on and can abort the exit.
-    import torch.distributed.nn
-
-    on_gpu = device.startswith("cuda")
-    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
-    job(args, device, Together())
-    torch.distributed.barrier()  # none leaves while another still talks to it
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
