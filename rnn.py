@@ -856,9 +856,9 @@ def evaluate(model, ids, batch=64, context=256):
     if predictions < 1 or batch < 1 or context < 1:
         raise ValueError("evaluation needs a text of at least 2 symbols, batch and context of at "
                          f"least 1; got {len(ids)}, {batch} and {context}")
-    batch = min(batch, predictions)
     length = math.ceil(predictions / batch)
-    missing = batch * length - predictions  # at the end of the last piece, or of the last few
+    batch = math.ceil(predictions / length)  # so that no piece is empty
+    missing = batch * length - predictions  # at the end of the last piece
     x = F.pad(ids[:-1], (0, missing)).view(batch, length)  # (B, length)
     y = F.pad(ids[1:], (0, missing), value=-100).view(batch, length)  # -100: costs nothing
     with evaluating(model):
@@ -976,7 +976,9 @@ def load(path, device="cpu"):
         with torch.device("meta"):  # whatever the sizes, this takes no memory: they must fit first
             kind(**config).load_state_dict(dict(weights), assign=True)  # copied, for it is marked
         with torch.random.fork_rng(devices=[]):  # initial values are drawn, but not wanted
-            model = kind(**config).to(next(iter(weights.values())).dtype)
+            model = kind(**config)
+        for name, value in model.state_dict(keep_vars=True).items():
+            value.data = value.data.to(weights[name].dtype)
         model.load_state_dict(weights)
         vocab, training = Vocab(content["symbols"], content["words"]), content["training"]
         if len(vocab) != model.vocab_size or not all(isinstance(s, str) for s in vocab.symbols):

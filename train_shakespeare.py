@@ -10,8 +10,8 @@
 The text is Tiny Shakespeare: the first 90 % train, the last 10 % measure. Ctrl-C ends the training
 early but in order. All flags: --help.
 
-Below: the text; the run, which is what surrounds the steps of rnn.Trainer; the job, with `main`; and
-the page of --show.
+Below: the text; the run, which is what surrounds the steps of rnn.Trainer; the job, with `main`;
+and the page of --show.
 """
 
 import argparse
@@ -212,6 +212,14 @@ def check_stored(name, stored, like):
                          f"{expected}")
 
 
+def holds(path, best):
+    """Whether there is a checkpoint of the model with this held-out loss."""
+    try:
+        return rnn.load(path)[2]["run"]["best"] == best
+    except (OSError, ValueError, KeyError):
+        return False
+
+
 class Run(rnn.Trainer):
     """A Trainer that reports, evaluates, and writes checkpoints from which it can go on."""
 
@@ -375,6 +383,7 @@ def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, ba
                "accumulate": accumulate, "dtype": str(dtype), "symbols": len(train_ids)}
     world = world or Alone()
     batches = Shares(world, train_ids, batch, context, order, seed)
+    least, most = (int(val_ids.min()), int(val_ids.max())) if len(val_ids) else (0, 0)
     for fine, message in (
         ((steps is None) != (seconds is None) and 0 < (steps or seconds or 0) < math.inf,
          f"give either steps or seconds, above 0 and finite; got {steps=}, {seconds=}"),
@@ -386,9 +395,9 @@ def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, ba
         (2 <= len(vocab) == model.vocab_size and len(val_ids) >= 2,
          "training needs two different symbols, a model for just as many, and two symbols to "
          f"evaluate on; got {len(vocab)}, {model.vocab_size} and {len(val_ids)}"),
-        (val_ids.device == train_ids.device and int(val_ids.max()) < model.vocab_size,
-         f"val_ids should be on {train_ids.device}, from 0 to {model.vocab_size - 1}; got up to "
-         f"{int(val_ids.max())} on {val_ids.device}"),
+        (val_ids.device == train_ids.device and least >= 0 and most < model.vocab_size,
+         f"val_ids should be on {train_ids.device}, from 0 to {model.vocab_size - 1}; got {least} "
+         f"to {most} on {val_ids.device}"),
     ):
         if not fine:
             raise ValueError(message)
@@ -410,9 +419,10 @@ def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, ba
         run.advance(halved * rnn.learning_rate(lr, warmup, run.steps, done), stop)
 
     model.load_state_dict(run.best_weights)
-    (missing,) = world.rank_0_says(not (run.out / "best.pt").exists())
-    if missing:  # resumed into another folder, and nothing better was found
-        run.keep("best.pt")
+    if world.rank == 0 and not holds(run.out / "best.pt", run.best):
+        # Resumed into another folder, where nothing better was found.
+        rnn.save(run.out / "best.pt", model, vocab, notes=notes,
+                 run={name: getattr(run, name) for name in run.KEPT})
     return {"val_loss": run.best, "steps": run.steps, "seconds": run.seconds,
             "chars_per_s": (run.steps - first_step) * batch * context / max(run.busy, 1e-9),
             "history": run.history}

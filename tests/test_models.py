@@ -470,6 +470,23 @@ def test_evaluate_does_not_depend_on_batch_or_context(vocab, ids, cell, keep):
     assert model.training
 
 
+def test_evaluate_reads_nothing_but_the_text():
+    """Filled-up pieces must not count: reading symbol 0, which the text lacks, this state explodes,
+    and beside it the others' differences would look like nothing."""
+    model = rnn.CharLM(3, hidden=2, one_hot=True, cell="rnn")
+    model.rnn.nonlinearity = "relu"
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model.rnn.weight_hh_l0.copy_(torch.tensor([[1.5, 0.0], [0.0, 0.999]]))
+        model.rnn.weight_ih_l0.copy_(torch.tensor([[1.0, -9.0, -9.0], [0.0, 0.02, 0.0]]))
+        model.output.weight[1, 1] = 1.0
+    ids = torch.randint(1, 3, (1986,))
+    one = rnn.evaluate(model, ids, batch=1)
+    for batch in (2, 40, 64, 1000, 5000):
+        assert rnn.evaluate(model, ids, batch) == pytest.approx(one, rel=1e-5), batch
+
+
 def test_evaluate_wrong_arguments(vocab):
     for ids, batch, context in ((1, 64, 256), (5, 0, 256), (5, 64, 0)):
         with pytest.raises(ValueError, match=f"got {ids}, {batch} and {context}"):
@@ -566,6 +583,22 @@ def test_save_and_load(vocab, tmp_path, options, dtype):
     for a, b in zip(again.parameters(), model.parameters(), strict=True):
         assert torch.equal(a, b) and a.dtype == b.dtype
     assert training == {"note": [1, "two"]} and os.listdir(tmp_path) == ["a.pt"]
+
+
+def test_load_keeps_every_type(vocab, tmp_path, monkeypatch):
+    class Counting(rnn.CharLM):
+        def __init__(self, vocab_size, embed=4, hidden=8):
+            super().__init__(vocab_size, embed, hidden)
+            self.config = {"vocab_size": vocab_size}
+            self.register_buffer("seen", torch.tensor(7))
+
+    monkeypatch.setitem(rnn.MODELS, "Counting", Counting)
+    model = Counting(len(vocab))
+    model.embedding.bfloat16()
+    rnn.save(tmp_path / "a.pt", model, vocab)
+    again = rnn.load(tmp_path / "a.pt")[0].state_dict()
+    for name, value in model.state_dict().items():
+        assert torch.equal(again[name], value) and again[name].dtype == value.dtype, name
 
 
 def test_damaged_and_foreign_checkpoints(vocab, tmp_path):
@@ -861,16 +894,24 @@ def test_resumed_elsewhere_without_a_better_one(text, tmp_path):
     _, first, _ = run(text, tmp_path / "a", steps=20, evals=2)
     model, _, training = rnn.load(tmp_path / "a" / "last.pt")
     training["run"]["best"] = 0.0  # nothing can be better
-    _, result, _ = run(text, tmp_path / "b", steps=22, evals=2, model=model, resume=training)
-    assert result["steps"] == 22 and result["val_loss"] == 0.0
-    old, new = (rnn.load(tmp_path / name / "best.pt")[0] for name in "ab")
-    assert all(torch.equal(a, b) for a, b in zip(old.parameters(), new.parameters()))
+    run(text, tmp_path / "c", steps=2)  # the best of another run
+    old = rnn.load(tmp_path / "a" / "best.pt")[0]
+    for name in ("b", "c"):
+        _, result, _ = run(text, tmp_path / name, steps=22, evals=2, model=model, resume=training)
+        assert result["steps"] == 22 and result["val_loss"] == 0.0
+        new, _, kept = rnn.load(tmp_path / name / "best.pt")
+        assert all(torch.equal(a, b) for a, b in zip(old.parameters(), new.parameters()))
+        assert kept["run"]["best"] == 0.0
 
 
 def test_held_out_ids_are_looked_at_first(vocab, ids, tmp_path):
-    with pytest.raises(ValueError, match=f"from 0 to {len(vocab) - 1}; got up to {len(vocab)} on"):
-        train(small(vocab), vocab, ids, torch.tensor([0, len(vocab)]), tmp_path / "out", steps=1,
-              batch=4)
+    V = len(vocab)
+    for held_out, message in (([0, V], f"from 0 to {V - 1}; got 0 to {V} on cpu"),
+                              ([-1, 0], f"from 0 to {V - 1}; got -1 to 0 on cpu"),
+                              ([], f"two symbols to evaluate on; got {V}, {V} and 0")):
+        with pytest.raises(ValueError, match=message):
+            train(small(vocab), vocab, ids, torch.tensor(held_out), tmp_path / "out", steps=1,
+                  batch=4)
     assert not (tmp_path / "out").exists()
 
 
