@@ -226,7 +226,7 @@ class RNNBase(nn.Module):
         state = tuple(torch.stack(s)[:, to_caller] for s in zip(*ends))
         if (self.states == 2 and torch.is_autocast_enabled(x.device.type)
                 and x.dtype != torch.float64):
-            # Under autocast, what is float32 here is of the low type in torch.nn.LSTM's results.
+            # The type of torch.nn.LSTM's results (dense, unprojected: the types of others vary).
             low = torch.get_autocast_dtype(x.device.type)
             x, state = x.to(low), tuple(s.to(low) for s in state)
         return undo(x), (state if self.states == 2 else state[0]), traces
