@@ -34,6 +34,26 @@ def text():
     return "".join(lines[k * 7 % len(lines)] for k in range(120))
 
 
+@pytest.fixture
+def vocab(text):
+    import rnn
+
+    return rnn.Vocab.of(text)
+
+
+@pytest.fixture
+def ids(text, vocab):
+    return vocab.encode(text)
+
+
+def small(vocab, **options):
+    """A character model that learns in a second."""
+    import rnn
+
+    torch.manual_seed(0)
+    return rnn.initialize(rnn.CharLM(len(vocab), **{"embed": 8, "hidden": 12, **options}))
+
+
 def pytest_collection_modifyitems(items):
     """Only an LSTM without projection has a fused path: of tests that name another layer, by
     `kind` or `cls`, one of the two runs with `path` is enough."""
