@@ -412,8 +412,8 @@ def initialize(module):
 def plain_lstm(x, h0, c0, w_ih, bias, w_hh, sizes, reverse):
     """h and c (N, H) after every row's step, from x (N, I): one direction of one layer."""
     p = Parameters(weight_hh=w_hh, bias_hh=None, weight_hr=None)
-    steps, _ = scan(lstm_step, F.linear(x, w_ih, bias), sizes, (h0, c0), p, reverse, keep=True)
-    return steps["h"], steps["c"]
+    computed, _ = scan(lstm_step, F.linear(x, w_ih, bias), sizes, (h0, c0), p, reverse, keep=True)
+    return computed["h"], computed["c"]
 
 
 FUSED = os.environ.get("RNN_FUSED", "")

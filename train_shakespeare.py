@@ -414,13 +414,15 @@ def train(model, vocab, train_ids, val_ids, out, *, steps=None, seconds=None, ba
     first_step = run.steps
     run.begin()
     while run.done() < 1 and not run.ending and (patience is None or run.stale < patience):
-        done = run.done() if schedule == "cosine" else 0.0
-        halved = 1.0 if schedule == "cosine" else 0.5**run.halvings
-        run.advance(halved * rnn.learning_rate(lr, warmup, run.steps, done), stop)
+        if schedule == "cosine":
+            rate = rnn.learning_rate(lr, warmup, run.steps, run.done())
+        else:  # no fall but the halvings
+            rate = rnn.learning_rate(lr * 0.5**run.halvings, warmup, run.steps, 0.0)
+        run.advance(rate, stop)
 
     model.load_state_dict(run.best_weights)
-    if world.rank == 0 and not holds(run.out / "best.pt", run.best):
-        # Resumed into another folder, where nothing better was found.
+    if resume is not None and world.rank == 0 and not holds(run.out / "best.pt", run.best):
+        # Into another folder, where nothing better was found.
         rnn.save(run.out / "best.pt", model, vocab, notes=notes,
                  run={name: getattr(run, name) for name in run.KEPT})
     return {"val_loss": run.best, "steps": run.steps, "seconds": run.seconds,
