@@ -27,9 +27,9 @@ here = pathlib.Path(__file__).parent.resolve()
 os.chdir(here)  # paths below are relative to it
 sys.path.insert(0, str(here))
 
-import csrc  # noqa: E402
+from csrc import build  # noqa: E402
 
-(compile_flags, link_flags), cuda = csrc.flags(), csrc.cuda_sources()
+(compile_flags, link_flags), cuda = build.flags(), build.cuda_sources()
 Extension = CUDAExtension if cuda else CppExtension
 setup(
     name="rnn-reference",
@@ -41,9 +41,9 @@ setup(
     python_requires=">=3.11",
     install_requires=["torch>=2.11"],
     extras_require={"test": ["pytest", "ninja", "pybind11"]},
-    ext_modules=[Extension(f"rnn_C.{csrc.library()}",
-                           [f"csrc/{name}" for name in csrc.SOURCES + cuda],
-                           extra_compile_args={"cxx": compile_flags, "nvcc": csrc.cuda_flags()},
+    ext_modules=[Extension(f"rnn_C.{build.library()}",
+                           [f"csrc/{name}" for name in build.SOURCES + cuda],
+                           extra_compile_args={"cxx": compile_flags, "nvcc": build.cuda_flags()},
                            extra_link_args=link_flags)],
     cmdclass={"build_ext": BuildExtension},
 )

@@ -1,187 +1,71 @@
-"""rnn_C: the fused LSTM of csrc/ as Python sees it: compiling, loading, shapes, derivatives.
+"""rnn_C: the fused LSTM of csrc/ as Python sees it: when it runs, types, derivatives, shapes.
 
 setup.py installs this folder as the package rnn_C, with the compiled operators inside. rnn.py takes
-it from there; or rnn.build() takes it from csrc/ and has it compiled just in time.
+it from there; or rnn.build() takes it from csrc/ and has it compiled just in time (build.py).
 """
 
-import hashlib
-import importlib.machinery
-import os
-import platform
-import re
-import subprocess
 import sys
-import warnings
 
 import torch
 
-FOLDER = os.path.dirname(os.path.abspath(__file__))
-SOURCES = ["lstm.cpp", "lstm_cpu.cpp", "lstm_bf16.cpp", "gradients.cpp"]
+from . import build
+
 TYPES = {"cpu": (torch.float32, torch.float64, torch.bfloat16),
          "cuda": (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
 has_cuda = None  # whether the operators run on GPUs too; None: they are not loaded yet
 
-RNN_CPU = os.environ.get("RNN_CPU", "")  # the most that tiles.h may use
-if RNN_CPU not in ("", "float32", "avx512_bf16", "amx"):
-    raise ValueError(f"RNN_CPU must be float32, avx512_bf16, amx or unset, got '{RNN_CPU}'")
+
+# ---- Loading ----
 
 
-def library():
-    """The compiled library's name. It begins with `native`, and every torch and every CPU has its
-    own: one for another torch or CPU may crash as soon as it is loaded, so it is not even found."""
-    cpu = platform.processor()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as file:  # what the first core can do, as on x86 or on Arm
-            cpu = next((line for line in file if re.match("flags|Features", line)), cpu)
-    made_for = re.sub(r"\W", "_", torch.__version__)
-    return f"native_{made_for}_{hashlib.sha256(cpu.encode()).hexdigest()[:8]}"
-
-
-def flags():
-    """The compiler's and the linker's: for the machine at hand, with its own vector instructions;
-    OpenMP where compilers bring it."""
-    native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
-    openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
-    return ["-O3", native, *openmp], openmp
-
-
-def cuda_sources():
-    """What to compile for GPUs: nothing unless torch was built with CUDA and a toolkit of the same
-    major version is found. It does not matter whether this machine has a GPU."""
-    if torch.version.cuda is None:
-        return []
-    from torch.utils import cpp_extension  # slow to import, so only here
-
-    home = cpp_extension.CUDA_HOME
-    if home is None:
-        return []
-    try:
-        said = subprocess.check_output([os.path.join(home, "bin", "nvcc"), "--version"], text=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        said = str(error)
-    found = re.search(r"release (\d+)\.\d+", said)
-    if not found or found[1] != torch.version.cuda.split(".")[0]:
-        warnings.warn(f"torch was built with CUDA {torch.version.cuda}, but the toolkit in {home} "
-                      f"says: {said.strip()}. The fused LSTM is compiled for the CPU only; set "
-                      "CUDA_HOME to a toolkit that fits", stacklevel=2)
-        return []
-    return ["lstm_cuda.cu"]
-
-
-def cuda_flags():
-    """For the GPU at hand or those of TORCH_CUDA_ARCH_LIST, which torch adds; with neither for
-    8.0, 9.0 and what comes after."""
-    if torch.cuda.is_available() or "TORCH_CUDA_ARCH_LIST" in os.environ:
-        return ["-O3"]
-    return ["-O3", "-gencode=arch=compute_80,code=sm_80",
-            "-gencode=arch=compute_90,code=[sm_90,compute_90]"]
-
-
-def load():
-    """Load the operators that setup.py has compiled. Returns this module; or None, after a warning,
-    if there are none or they are for another Python, torch or CPU."""
-    if has_cuda is None:  # else rnn.py is being reloaded
-        name = f"rnn_C.{library()}"
-        try:
-            if not importlib.machinery.PathFinder.find_spec(name, [FOLDER]):
-                raise ImportError(f"for this torch, {torch.__version__}, and this CPU it would be "
-                                  f"{name}, which is not in {FOLDER}")
-            importlib.import_module(name)
-        except (ImportError, OSError, RuntimeError) as error:
-            warnings.warn("rnn_C does not fit this Python, torch or CPU, so LSTM runs its plain "
-                          f"path; build it anew with python setup.py develop ({error})",
-                          stacklevel=3)
-            return None
-        _register_shapes()
+def load(kernel):
+    """Load the operators that setup.py has compiled; `kernel` is the value of RNN_KERNEL, "" for
+    the best there is. Returns this module; or None, after a warning, if there are none or they are
+    for another Python, torch or CPU. Raises ValueError for a kernel that cannot run here."""
+    if has_cuda is None and not build.load():  # not None: rnn.py is being reloaded
+        del sys.modules[build.__name__]  # should rnn.build() follow, it has its own
+        return None
+    _use(kernel)
     return sys.modules[__name__]
 
 
-def compile_and_load():
-    """Compile just in time; torch keeps the result. Takes a C++ compiler, ninja, half a minute.
-    Raises RuntimeError if that fails."""
-    import fcntl  # Unix only, as are the flags
-
-    from torch.utils import cpp_extension  # slow to import, so only here
-
-    # To register the operators twice would end the process.
-    if torch._C._dispatch_has_kernel("rnn::lstm_forward"):
-        raise RuntimeError("the operators of another build are loaded already: restart Python")
-    sources = [os.path.join(FOLDER, name) for name in SOURCES + cuda_sources()]
-    name = f"rnn_C_{library()}"
-    folder = cpp_extension._get_build_directory(name, verbose=False)
-    with open(os.path.join(folder, "rnn.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one process at a time; ends with it, however it ends
-        if os.path.exists(os.path.join(folder, "lock")):  # torch's own does not: a build that was
-            os.unlink(os.path.join(folder, "lock"))  # killed would leave all others waiting
-        try:
-            compile_flags, link_flags = flags()
-            cpp_extension.load(name, sources, extra_cflags=compile_flags,
-                               extra_cuda_cflags=cuda_flags(), extra_ldflags=link_flags,
-                               build_directory=folder)
-        except Exception as error:
-            raise RuntimeError(f"{error} (in {folder})") from error
-    _register_shapes()
+def compile_and_load(kernel):
+    """The same, compiled just in time. Raises RuntimeError if that fails, and ValueError."""
+    build.compile_and_load()
+    _use(kernel)
 
 
-def _kind(t):
-    return t.dtype, t.device, t.layout
-
-
-def _check(like, sizes, N, B, **tensors):
-    """As the checks of lstm.h: what cannot run must not be traced either. Each of the tensors, by
-    name, comes with the shape that it must have."""
-    types = TYPES.get(like.device.type, TYPES["cpu"])
-    if like.dtype not in types:
-        raise RuntimeError(f"lstm: expected one of {types}, got {like.dtype}")
-    for name, (t, shape) in tensors.items():
-        if t.shape != shape or _kind(t) != (like.dtype, like.device, torch.strided):
-            raise RuntimeError(f"lstm: {name} must be {shape}, dense, {like.dtype} on "
-                               f"{like.device}, got {tuple(t.shape)}, {_kind(t)}")
-    falling = all(0 <= n <= before for before, n in zip([B, *sizes], sizes))
-    if not falling or sum(sizes) != N or sizes[:1] != [B][: len(sizes)]:
-        raise RuntimeError(f"lstm: sizes must begin with {B}, never grow nor be negative, and add "
-                           f"up to {N}, got {sizes}")
-
-
-def _check_matrices(**tensors):
-    for name, t in tensors.items():
-        if t.dim() != 2:
-            raise RuntimeError(f"lstm: {name} must have 2 dimensions, got {t.dim()}")
+def _use(kernel):
+    global has_cuda
+    if has_cuda is None:
+        has_cuda = torch._C._dispatch_has_kernel_for_dispatch_key("rnn::lstm_forward", "CUDA")
+        _register_shapes()
+    torch.ops.rnn.use_kernel(kernel)
 
 
 def _register_shapes():
-    """What the operators return, by shape: so that torch.compile can trace them."""
-    global has_cuda
-    has_cuda = torch._C._dispatch_has_kernel_for_dispatch_key("rnn::lstm_forward", "CUDA")
+    """What the operators return, by shape, so that torch.compile can trace them. What does not fit
+    is found when they run: the checks are in lstm.cpp."""
 
     @torch.library.register_fake("rnn::lstm_forward")
     def _(x, w_ih, bias, h0, c0, w_hh, sizes, reverse, save):
-        _check_matrices(x=x, h0=h0, w_hh=w_hh)
-        (N, I), (B, _), H = x.shape, h0.shape, w_hh.shape[1]
-        _check(w_hh, sizes, N, B, x=(x, (N, I)), w_ih=(w_ih, (4 * H, I)), bias=(bias, (4 * H,)),
-               h0=(h0, (B, H)), c0=(c0, (B, H)), w_hh=(w_hh, (4 * H, H)))
+        (N, _), (B, H) = x.shape, h0.shape
         return (x.new_empty(N, H), x.new_empty(N if save else B, H),
                 x.new_empty(N if save else 0, 4 * H))
 
     @torch.library.register_fake("rnn::lstm_backward")
     def _(dh, dc, gates, c, c0, w_ih, w_hh, sizes, reverse):
-        _check_matrices(gates=gates, c0=c0, w_hh=w_hh)
-        w_ih = w_hh[:, :0] if w_ih is None else w_ih
-        _check_matrices(w_ih=w_ih)
-        (N, _), (B, _), I, H = gates.shape, c0.shape, w_ih.shape[1], w_hh.shape[1]
-        _check(w_hh, sizes, N, B, dh=(dh, (N, H)), dc=(dh if dc is None else dc, (N, H)),
-               gates=(gates, (N, 4 * H)), c=(c, (N, H)), c0=(c0, (B, H)), w_ih=(w_ih, (4 * H, I)),
-               w_hh=(w_hh, (4 * H, H)))
-        return (dh.new_empty(N, 4 * H), dh.new_empty(N, I), dh.new_empty(B, H),
-                dh.new_empty(B, H))
+        (N, H), (B, _), I = dh.shape, c0.shape, 0 if w_ih is None else w_ih.shape[1]
+        return dh.new_empty(N, 4 * H), dh.new_empty(N, I), dh.new_empty(B, H), dh.new_empty(B, H)
 
     @torch.library.register_fake("rnn::lstm_weight_gradients")
     def _(da, x, h, h0, sizes, reverse):
-        _check_matrices(x=x, h0=h0)
-        (N, I), (B, H) = x.shape, h0.shape
-        _check(da, sizes, N, B, da=(da, (N, 4 * H)), x=(x, (N, I)), h=(h, (N, H)), h0=(h0, (B, H)))
+        I, H = x.shape[1], h.shape[1]
         dtype = torch.float32 if da.dtype == torch.bfloat16 else da.dtype
         return tuple(da.new_empty(shape, dtype=dtype) for shape in ((4 * H, I), (4 * H, H), 4 * H))
+
+
+# ---- When it runs, and in which type ----
 
 
 def type_of(x):
@@ -193,20 +77,30 @@ def type_of(x):
 
 
 def autocast(inputs):
-    """The inputs in the type that autocast wants for the first of them, where it is on."""
+    """The inputs in the types that autocast wants, where it is on. Should they differ now, because
+    some are float64, the operators raise, as torch's do."""
     if not torch.is_autocast_enabled(inputs[0].device.type):
         return inputs
-    dtype = type_of(inputs[0])
-    return [t.to(dtype) for t in inputs]
+    return [t.to(type_of(t)) for t in inputs]
 
 
 def can_run(x):
     """Whether the operators serve this input now. Not inside torch.func's transforms (vmap, grad,
-    jvp) and forward mode, which they know nothing about."""
+    jvp) and forward mode, which they know nothing about; nor while torch.export, torch.jit.trace or
+    make_fx record what runs: what they record should run without this library, and with a batch
+    size that may change."""
     device = x.device.type
     return (type_of(x) in TYPES.get(device, ()) and (device == "cpu" or has_cuda)
             and not torch._C._are_functorch_transforms_active()
-            and torch.autograd.forward_ad._current_level < 0)
+            and torch.autograd.forward_ad._current_level < 0
+            and not recorded())
+
+
+def recorded():
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return True
+    return (not torch.compiler.is_compiling()
+            and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None)
 
 
 def pays_off(x, sizes):
@@ -230,6 +124,9 @@ def lstm(x, h0, c0, w_ih, bias, w_hh, sizes, reverse, plain):
         x, h0, c0, w_ih, bias, w_hh = autocast(inputs)
         h, end, _ = torch.ops.rnn.lstm_forward(x, w_ih, bias, h0, c0, w_hh, sizes, reverse, False)
     return h, (rows_at_the_end(h, sizes, reverse), end)
+
+
+# ---- Derivatives ----
 
 
 class FusedLSTM(torch.autograd.Function):

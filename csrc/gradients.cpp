@@ -7,8 +7,6 @@
 #include "team.h"
 #include "tiles.h"
 
-#include <torch/library.h>
-
 #include <atomic>
 #include <cstring>
 
@@ -122,16 +120,12 @@ template <typename T> void weight_gradients(const Weights<T>& a, int64_t id, int
 }
 #endif
 
-Three weight_gradients_cpu(const at::Tensor& da, const at::Tensor& x, const at::Tensor& h,
-                           const at::Tensor& h0, at::IntArrayRef sizes, bool reverse) {
-  TORCH_CHECK(x.dim() == 2 && h0.dim() == 2, "lstm: x and h0 must have 2 dimensions, got ",
-              x.dim(), " and ", h0.dim());
+}  // namespace
+
+Three weight_gradients_fast(const at::Tensor& da, const at::Tensor& x, const at::Tensor& h,
+                            const at::Tensor& h0, at::IntArrayRef sizes, bool reverse) {
   const int64_t N = x.size(0), I = x.size(1), B = h0.size(0), H = h0.size(1);
   const auto like = da.options();
-  check_type(da);
-  check("da", da, da, {N, 4 * H}), check("x", x, da, {N, I});
-  check("h", h, da, {N, H}), check("h0", h0, da, {B, H});
-  check_sizes(sizes, B, N);
   const auto da_ = da.contiguous(), x_ = x.contiguous(), h_ = h.contiguous();
   const auto h0_ = h0.contiguous();
   const auto steps = walk(sizes, reverse);
@@ -181,12 +175,6 @@ Three weight_gradients_cpu(const at::Tensor& da, const at::Tensor& x, const at::
   const auto type = like.dtype() == at::kBFloat16 ? at::kFloat : da.scalar_type();
   return {at::mm(x_.t(), da_).t().to(type).contiguous(),
           at::mm(before.t(), da_).t().to(type).contiguous(), da_.sum(0, false, type)};
-}
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(rnn, CPU, m) {
-  m.impl("lstm_weight_gradients", weight_gradients_cpu);
 }
 
 }  // namespace rnn

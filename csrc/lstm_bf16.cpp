@@ -319,7 +319,7 @@ template <typename Body> void with_type(const at::TensorOptions& like, const Bod
 }  // namespace
 
 bool bf16_serves(const at::TensorOptions& like, int64_t B, int64_t H) {
-  if (like.dtype() == at::kBFloat16) return use_amx() || allowed("avx512_bf16");
+  if (like.dtype() == at::kBFloat16) return kernel() >= Kernel::avx512_bf16;
   return like.dtype() == at::kFloat && use_amx() && B >= 16 && H >= 96;  // else float32 is quicker
 }
 

@@ -10,7 +10,6 @@
 #include "team.h"
 
 #include <ATen/Dispatch.h>
-#include <torch/library.h>
 
 namespace rnn {
 namespace {
@@ -219,10 +218,11 @@ void backward(const Backward<T>& a, const std::vector<Step>& steps, const Share&
 
 bool is_bf16(const at::Tensor& t) { return t.scalar_type() == at::kBFloat16; }
 
-Three forward_cpu(const at::Tensor& x, const at::Tensor& w_ih, const at::Tensor& bias,
-                  const at::Tensor& h0, const at::Tensor& c0, const at::Tensor& w_hh,
-                  at::IntArrayRef sizes, bool reverse, bool save) {
-  check_forward(x, w_ih, bias, h0, c0, w_hh, sizes);
+}  // namespace
+
+Three forward_fast(const at::Tensor& x, const at::Tensor& w_ih, const at::Tensor& bias,
+                   const at::Tensor& h0, const at::Tensor& c0, const at::Tensor& w_hh,
+                   at::IntArrayRef sizes, bool reverse, bool save) {
   const int64_t N = x.size(0), I = x.size(1), B = h0.size(0), H = h0.size(1);
   const bool few = N <= kFew, tiles = !few && bf16_serves(w_hh.options(), B, H);
   // Without tiles, bfloat16 is computed in float32; only the weights are read as they are.
@@ -262,20 +262,19 @@ Three forward_cpu(const at::Tensor& x, const at::Tensor& w_ih, const at::Tensor&
   return {h.to(type), c.to(type), gates.to(type)};
 }
 
-Four backward_cpu(const at::Tensor& dh, const std::optional<at::Tensor>& dc,
-                  const at::Tensor& gates, const at::Tensor& c, const at::Tensor& c0,
-                  const std::optional<at::Tensor>& w_ih, const at::Tensor& w_hh,
-                  at::IntArrayRef sizes, bool reverse) {
-  check_backward(dh, dc, gates, c, c0, w_ih, w_hh, sizes);
+Four backward_fast(const at::Tensor& dh, const std::optional<at::Tensor>& dc,
+                   const at::Tensor& gates, const at::Tensor& c, const at::Tensor& c0,
+                   const std::optional<at::Tensor>& w_ih, const at::Tensor& w_hh,
+                   at::IntArrayRef sizes, bool reverse) {
   const int64_t N = gates.size(0), B = c0.size(0), H = c0.size(1);
   const auto like = w_hh.options();
   if (is_bf16(w_hh) && !bf16_serves(like, B, H)) {
     std::optional<at::Tensor> dc_, w_ih_;
     if (dc) dc_ = dc->to(at::kFloat);
     if (w_ih) w_ih_ = w_ih->to(at::kFloat);
-    auto [da, dx, dh0, dc0] = backward_cpu(dh.to(at::kFloat), dc_, gates.to(at::kFloat),
-                                           c.to(at::kFloat), c0.to(at::kFloat), w_ih_,
-                                           w_hh.to(at::kFloat), sizes, reverse);
+    auto [da, dx, dh0, dc0] = backward_fast(dh.to(at::kFloat), dc_, gates.to(at::kFloat),
+                                            c.to(at::kFloat), c0.to(at::kFloat), w_ih_,
+                                            w_hh.to(at::kFloat), sizes, reverse);
     return {da.to(at::kBFloat16), dx.to(at::kBFloat16), dh0.to(at::kBFloat16),
             dc0.to(at::kBFloat16)};
   }
@@ -310,13 +309,6 @@ Four backward_cpu(const at::Tensor& dh, const std::optional<at::Tensor>& dc,
     });
   });
   return {da, find_dx(da, w_ih), dh0, dc0};
-}
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(rnn, CPU, m) {
-  m.impl("lstm_forward", forward_cpu);
-  m.impl("lstm_backward", backward_cpu);
 }
 
 }  // namespace rnn

@@ -19,11 +19,11 @@
 //   columns  (pairs of column tiles, blocks of 32 numbers, parts, 2 tiles, 16 pairs of numbers,
 //             16 columns, 2 numbers): the instruction wants pairs of numbers side by side
 #pragma once
+#include "lstm.h"
 #include "simd.h"
 
 #include <ATen/ATen.h>
 
-#include <cstdlib>
 #include <cstring>
 
 #if defined(__AMXBF16__) && !defined(__AMX_BF16__)
@@ -32,10 +32,6 @@
 
 #ifdef __AVX512BF16__
 #include <immintrin.h>
-#ifdef __AMX_BF16__
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 
 namespace rnn {
 namespace {
@@ -116,13 +112,6 @@ struct Sums {
 };
 
 #ifdef __AMX_BF16__
-// Linux lets a process use the tile registers once it has asked.
-inline bool has_amx() {
-  constexpr int request_permission = 0x1023, tile_data = 18;
-  static const bool granted = syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
-  return granted;
-}
-
 // The tile registers' shapes, for this thread, while this object lives: sums 0 to 3, rows 4 and 5
 // (all of so many rows), columns 6 and 7.
 class TileRegisters {
@@ -194,7 +183,6 @@ void product_amx(const Bf16* rows, int64_t next, const Bf16* columns, int64_t bl
   _tile_stored(3, below + sums.right, bytes);
 }
 #else
-inline bool has_amx() { return false; }
 struct TileRegisters {
   TileRegisters(bool, int64_t) {}
 };
@@ -233,13 +221,7 @@ void product_avx512(const Bf16* rows, int64_t next, const Bf16* columns, int64_t
   }
 }
 
-// What the products may use: RNN_CPU=float32 or avx512_bf16 in the environment sets a limit.
-inline bool allowed(const char* what) {
-  const char* limit = std::getenv("RNN_CPU");
-  return !limit || !*limit || !std::strcmp(limit, "amx") ||
-         (!std::strcmp(limit, "avx512_bf16") && !std::strcmp(limit, what));
-}
-inline bool use_amx() { return has_amx() && allowed("amx"); }
+inline bool use_amx() { return kernel() == Kernel::amx; }
 
 // sums = (or, with add, +=) up to two row tiles x one pair of column tiles, over so many blocks of
 // 32 numbers. `next`: from a row tile to the next one. `between` is called after each block, or not
