@@ -1,0 +1,64 @@
+"""Words as symbols: a text split into words, marks and spaces, from which it can be put together.
+
+    python tests/examples/words.py
+
+shows how a text is split, trains a model of words for a few seconds on sentences made here, and
+prints its perplexity per symbol and what it writes.
+"""
+
+import random
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the folder of rnn.py
+import rnn
+
+
+def split(text):
+    """str -> list of str, whose join is the text: words, runs of marks, and white space. A single
+    space belongs to the word or marks after it, so most spaces cost no symbol of their own.
+
+        split("Don't stop, Ann.\\n") == ["Don't", " stop", ",", " Ann", ".", "\\n"]
+
+    rnn.Vocab takes such a list as a text. With max_size it keeps the most frequent symbols:
+
+        vocab = rnn.Vocab.of(split(text), max_size=5000)
+        ids = vocab.encode(split(text))          vocab.decode(ids) == text, but for "<unk>"
+    """
+    return re.findall(r" ?\w+(?:'\w+)*| ?[^\w\s]+|\s+", text)
+
+
+def story(sentences, seed=0):
+    """A text that is easy to predict in part: who it is about decides how the sentence ends."""
+    chance = random.Random(seed)
+    ends = {"Ann": ["reads a book", "doesn't sleep"], "The dog": ["barks", "chases the cat"],
+            "Rain": ["falls on the roof"]}
+    text = ""
+    for _ in range(sentences):
+        who = chance.choice(list(ends))
+        text += f"{who} {chance.choice(ends[who])}{chance.choice(('.', '!'))}\n"
+    return text
+
+
+def main(steps=150):
+    print(split("Don't stop, Ann.\n"))
+    text = story(2000)
+    symbols = split(text)
+    vocab = rnn.Vocab.of(symbols)
+    ids = vocab.encode(symbols)
+    assert vocab.decode(ids) == text
+    print(f"{len(text):,} characters are {len(ids):,} symbols, {len(vocab)} of them different")
+    cut = int(0.9 * len(ids))
+    torch.manual_seed(0)
+    model = rnn.initialize(rnn.CharLM(len(vocab), embed=16, hidden=32))
+    for _ in rnn.train(model, rnn.Batches(ids[:cut], batch=16, context=20), steps, lr=0.01):
+        pass
+    print(f"perplexity of held-out symbols: {rnn.perplexity(model, ids[cut:]):.2f}")
+    print("".join(rnn.generate(model, vocab, split("Ann"), length=40, seed=0)))
+
+
+if __name__ == "__main__":
+    main()
