@@ -2,8 +2,8 @@
 
     python tests/examples/classifier.py
 
-makes reviews in which "not" turns the word after it around, trains for a few seconds, and prints
-the accuracy on held-out reviews and the verdict on three of them.
+makes reviews in which "not" reverses the word after it, trains for a few seconds, and prints the
+accuracy on held-out reviews and the verdict on three of them.
 """
 
 import random
@@ -82,7 +82,7 @@ class Classifier(nn.Module):
 
 
 def reviews(number, seed):
-    """(review, 1 for praise or 0 for blame): two to five judgements, most of them of one mind."""
+    """(review, 1 for praise or 0 for blame): one, three or five judgements, all of one mind."""
     chance = random.Random(seed)
     words = {1: ["good", "moving", "funny"], 0: ["bad", "boring", "silly"]}
     result = []
@@ -97,10 +97,10 @@ def reviews(number, seed):
     return result
 
 
-def main(epochs=4):
+def main(epochs=3):
     """Trains on 1,000 reviews, tests on 500 others."""
     made = reviews(1500, seed=0)
-    vocab = rnn.Vocab.of(" ".join(review for review, _ in made).split(), specials=["<pad>"])
+    vocab = rnn.Vocab(["<pad>", *sorted({word for review, _ in made for word in review.split()})])
     ids, lengths = pad([vocab.encode(review.split()) for review, _ in made])  # (1500, T), (1500,)
     labels = torch.tensor([label for _, label in made])
     torch.manual_seed(0)

@@ -9,6 +9,7 @@ prints its perplexity per symbol and what it writes.
 import random
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -23,12 +24,15 @@ def split(text):
 
         split("Don't stop, Ann.\\n") == ["Don't", " stop", ",", " Ann", ".", "\\n"]
 
-    rnn.Vocab takes such a list as a text. With max_size it keeps the most frequent symbols:
-
-        vocab = rnn.Vocab.of(split(text), max_size=5000)
-        ids = vocab.encode(split(text))          vocab.decode(ids) == text, but for "<unk>"
-    """
+    rnn.Vocab.of takes such a list as a text, and then decode(encode(split(text))) == text."""
     return re.findall(r" ?\w+(?:'\w+)*| ?[^\w\s]+|\s+", text)
+
+
+def vocabulary(text, max_size):
+    """The max_size - 1 most frequent symbols of a text, the most frequent first, after "<unk>",
+    which stands for all others."""
+    frequent = Counter(split(text)).most_common(max_size - 1)
+    return rnn.Vocab(["<unk>", *(symbol for symbol, _ in frequent)])
 
 
 def story(sentences, seed=0):
@@ -43,21 +47,20 @@ def story(sentences, seed=0):
     return text
 
 
-def main(steps=150):
+def main(steps=100):
     print(split("Don't stop, Ann.\n"))
     text = story(2000)
-    symbols = split(text)
-    vocab = rnn.Vocab.of(symbols)
-    ids = vocab.encode(symbols)
-    assert vocab.decode(ids) == text
-    print(f"{len(text):,} characters are {len(ids):,} symbols, {len(vocab)} of them different")
+    vocab = vocabulary(text, max_size=18)
+    ids = vocab.encode(split(text))
+    print(f"{len(text):,} characters are {len(ids):,} symbols, such as {vocab.symbols[1:6]}; "
+          f"{(ids == 0).double().mean():.1%} of them are unknown to a vocabulary of {len(vocab)}")
     cut = int(0.9 * len(ids))
     torch.manual_seed(0)
     model = rnn.initialize(rnn.CharLM(len(vocab), embed=16, hidden=32))
     for _ in rnn.train(model, rnn.Batches(ids[:cut], batch=16, context=20), steps, lr=0.01):
         pass
     print(f"perplexity of held-out symbols: {rnn.perplexity(model, ids[cut:]):.2f}")
-    print("".join(rnn.generate(model, vocab, split("Ann"), length=40, seed=0)))
+    print("Ann" + "".join(rnn.generate(model, vocab, split("Ann"), length=40, seed=0)))
 
 
 if __name__ == "__main__":
