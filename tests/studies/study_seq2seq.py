@@ -1,20 +1,24 @@
-"""From sequence to sequence, N -> M: dates into ISO format, and strings written backwards.
+"""Does an encoder-decoder with attention learn to rewrite dates, and strings backwards? (N -> M)
 
-    python tests/study_seq2seq.py
+    python tests/studies/study_seq2seq.py         (about an hour; figures/seq2seq.png)
 
 Dates come in several formats ("3 March 1998", "Mar 3, 98", ...) and become "1998-03-03". Strings
 are 3 to 12 random letters. A tutorial says that tags, N -> N, and classes, N -> 1, are special
 cases of this: has each letter of a string occurred before, and has the last one? Held out is what
-never occurs in training. Counted are exact matches: every symbol right, the end at the right place.
+never occurs in training.
+
+It prints exact matches: every symbol right, and the end at the right place.
 """
 
 import datetime
 import random
-import sys
 
 import pytest
+import study
 import torch
-from study import NAMES, fit, save_figure, show_table
+import torch.nn.functional as F
+from examples.classifier import buckets
+from examples.seq2seq import EOS, PAD, SPECIALS, Seq2Seq, tensors
 
 import rnn
 
@@ -60,32 +64,22 @@ def classes(number, seed):
     return [(text, signs[-1]) for text, signs in tags(number, seed)]
 
 
-def tensors(vocab, pairs):
-    """Padded sources (B, T), their lengths (B,), padded targets (B, M) from BOS to EOS."""
-    source, lengths = rnn.pad([vocab.encode(source) for source, _ in pairs])
-    end = torch.tensor([rnn.EOS])
-    target, _ = rnn.pad([torch.cat((end - 1, vocab.encode(target), end)) for _, target in pairs])
-    return source, lengths, target
-
-
 def learn(pairs, cell="gru", steps=500, seed=0, hidden=128):
     """A model trained on the pairs by teacher forcing, and its vocabulary."""
-    vocab = rnn.Vocab.of("".join(map("".join, pairs)), specials=rnn.SPECIALS)
+    vocab = rnn.Vocab.of("".join(map("".join, pairs)), specials=SPECIALS)
     source, lengths, target = tensors(vocab, pairs)
     torch.manual_seed(seed)
-    model = rnn.initialize(rnn.Seq2Seq(len(vocab), embed=32, hidden=hidden, cell=cell))
+    model = rnn.initialize(Seq2Seq(len(vocab), embed=32, hidden=hidden, cell=rnn.CELLS[cell]))
     queue = []
 
     def next_loss():
         if not queue:
-            queue.extend(rnn.buckets(lengths, 64))
+            queue.extend(buckets(lengths, 64))
         b = queue.pop()
-        n = int(lengths[b].max())
-        logits, _ = model(source[b, :n], lengths[b], target[b, :-1])
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), target[b, 1:].flatten(),
-                                                 ignore_index=rnn.PAD)
+        logits, _ = model(source[b, : lengths[b].max()], lengths[b], target[b, :-1])
+        return F.cross_entropy(logits.flatten(0, 1), target[b, 1:].flatten(), ignore_index=PAD)
 
-    fit(model, next_loss, steps, lr=3e-3)
+    study.fit(model, next_loss, steps, lr=3e-3)
     return model, vocab
 
 
@@ -95,7 +89,7 @@ def exact_matches(model, vocab, pairs, beam=1):
     ids, _, _ = model.translate(source, lengths, beam, length=25)
     right = 0
     for (_, target), row in zip(pairs, ids.tolist()):
-        end = row.index(rnn.EOS) if rnn.EOS in row else len(row)
+        end = row.index(EOS) if EOS in row else len(row)
         right += vocab.decode(row[:end]) == target
     return right / len(pairs)
 
@@ -116,12 +110,14 @@ def held_out(make, pairs):
     return [pair for pair in make(1000, 1) if pair[0] not in known]
 
 
+@pytest.mark.slow
 def test_dates():
     pairs = dates(6000, 0)
     model, vocab = learn(pairs, steps=600, hidden=64)
     assert exact_matches(model, vocab, held_out(dates, pairs)) >= 0.99
 
 
+@pytest.mark.slow
 def test_short_strings_backwards():
     def short(number, seed):
         return strings(number, seed, longest=6)
@@ -133,6 +129,7 @@ def test_short_strings_backwards():
     assert mirrored(model, vocab, held) > 0.8  # it looks where the letter is
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [tags, classes])
 def test_special_cases(make):
     pairs = make(20000, 0)
@@ -141,24 +138,23 @@ def test_special_cases(make):
 
 
 def main():
-    rows, kept = [], {}
+    study.build()
+    kept = {}
     longer = strings(1000, 1, shortest=13, longest=20)
+    study.show_table(["task", "cell", "steps of 64", "held out", "exact, greedy", "exact, beam 4",
+                      "attention at the letter", "13 to 20 letters"], [])
     for make, number, steps in ((dates, 6000, 700), (strings, 60000, 1500), (tags, 20000, 500),
                                 (classes, 20000, 500)):
         pairs = make(number, 0)
         held = held_out(make, pairs)
-        for cell, name in NAMES.items():
-            model, vocab = learn(pairs, cell, steps)
-            kept[make, cell] = model, vocab
-            row = [make.__name__, name, steps, len(held)]
-            row += [f"{exact_matches(model, vocab, held, beam):.2%}" for beam in (1, 4)]
+        for cell, name in study.NAMES.items():
+            model, vocab = kept[make, cell] = learn(pairs, cell, steps)
+            greedy, beam = (exact_matches(model, vocab, held, beam) for beam in (1, 4))
+            row = [make.__name__, name, steps, len(held), f"{greedy:.2%}", f"{beam:.2%}"]
             row += ["", ""] if make is not strings else [
                 f"{mirrored(model, vocab, held):.1%}", f"{exact_matches(model, vocab, longer):.2%}"]
-            rows.append(row)
-            print(*row, file=sys.stderr, flush=True)
-    show_table(["task", "cell", "steps of 64", "held out", "exact, greedy", "exact, beam 4",
-                "attention at the letter", "13 to 20 letters"], rows)
-    save_figure("seq2seq", lambda axes: draw(axes, kept), ncols=2, figsize=(9, 4.5))
+            print("| " + " | ".join(map(str, row)) + " |", flush=True)
+    study.save_figure("seq2seq", lambda axes: draw(axes, kept), ncols=2, figsize=(9, 4.5))
 
 
 def draw(axes, kept):

@@ -1,31 +1,36 @@
-"""How long networks remember: copy memory, the adding problem, and how far gradients reach.
+"""How long do networks remember? Copy memory, the adding problem, and how far gradients reach.
 
-    python tests/study_memory.py
+    python tests/studies/study_memory.py         (about half an hour; figures/memory.png)
 
 Copy memory: five random bits, a delay, a sign to recall, and then the five bits in order. Adding
 problem (Hochreiter & Schmidhuber 1997): random numbers, two of them marked, the first one at the
-beginning and the second one after the delay; the sum of the two, right if nearer than 0.04.
+beginning and the second one after the delay; the answer is the sum of the two, right if it is
+nearer than 0.04.
 
-All networks learn in one way: the delay begins at 5 and grows by a fifth whenever a batch at the
-present delay is solved, up to 200; half of the batches have the present delay, half a random one
-up to it. Whoever starts with a delay of 100 learns nothing for thousands of steps.
+All networks learn in the same way: the delay begins at 5 and grows by a fifth whenever a batch at
+the present delay is solved, up to 200. Half of the batches have the present delay, the others a
+random one up to it. With a delay of 100 from the start they learn nothing for thousands of steps.
+
+It prints the accuracy at each delay, and the distance at which gradients are lost.
 """
 
-import contextlib
 import random
 import statistics
 
+import pytest
+import study
 import torch
 import torch.nn.functional as F
-from study import COLOURS, save_figure, show_table
 from torch import nn
 
 import rnn
 
 BITS, HIDDEN = 5, 48
 DELAYS = (10, 50, 100, 200)
-KINDS = {"RNN": (rnn.RNN, None), "GRU": (rnn.GRU, None), "LSTM, forget bias 0": (rnn.LSTM, 0.0),
-         "LSTM, forget bias 1": (rnn.LSTM, 1.0)}
+KINDS = {  # layer, bias of the forget gate, colour
+    "RNN": (rnn.RNN, None, study.COLOURS["rnn"]), "GRU": (rnn.GRU, None, study.COLOURS["gru"]),
+    "LSTM, forget bias 0": (rnn.LSTM, 0.0, "#56b4e9"),
+    "LSTM, forget bias 1": (rnn.LSTM, 1.0, study.COLOURS["lstm"])}
 
 
 class Network(nn.Module):
@@ -33,7 +38,7 @@ class Network(nn.Module):
 
     def __init__(self, kind, inputs, outputs, hidden=HIDDEN):
         super().__init__()
-        layer, forget_bias = KINDS[kind]
+        layer, forget_bias, _ = KINDS[kind]
         self.layer, self.output = layer(inputs, hidden), nn.Linear(hidden, outputs)
         rnn.initialize(self)
         if forget_bias is not None:
@@ -83,8 +88,8 @@ class Adding:
 
 
 def learn(task, kind, seed, steps, longest, lr=1e-2, B=32):
-    """Train by growing delays, until twenty batches at the longest one were nine tenths right, or
-    for so many steps. Returns the network, and the present delay after each step."""
+    """Train by growing delays, for at most `steps`, until twenty batches at the longest delay were
+    nine tenths right. Returns the network, and the present delay after each step."""
     torch.manual_seed(seed)
     chance = random.Random(seed)
     network = Network(kind, task.inputs, task.outputs)
@@ -115,8 +120,9 @@ def accuracy(task, network, delay, B=512):
 
 
 def gradient_by_distance(layer, x, state=None):
-    """The norm of the gradient that a random function of the last h has in the state (h, c) as
-    many steps before, relative to distance 0: (T,), the mean over the batch. x (T, B, I)."""
+    """x (T, B, I) -> (T,): the norm of the gradient of a random function of the last h with respect
+    to the state (h, c) at each distance back from it, relative to distance 0; the mean of the
+    batch."""
     states = []
     for t in range(len(x)):
         _, state = layer(x[t : t + 1], state)
@@ -136,7 +142,7 @@ def gradient_by_distance(layer, x, state=None):
 
 
 def memory(norms, least=0.01):
-    """The number of steps back until less than so much of the gradient is left; all, if never."""
+    """How many steps back the first norm below `least` is; all of them, if there is none."""
     below = (norms < least).nonzero()
     return int(below.min()) if len(below) else len(norms)
 
@@ -145,6 +151,7 @@ def memory(norms, least=0.01):
 # Small versions, for pytest
 
 
+@pytest.mark.slow
 def test_lstm_copies_over_twenty_steps_and_rnn_does_not():
     lstm, reached = learn(Copy, "LSTM, forget bias 1", seed=0, steps=700, longest=20)
     plain, never = learn(Copy, "RNN", seed=0, steps=len(reached), longest=20)
@@ -173,38 +180,6 @@ def test_gradients_are_those_of_a_known_network():
 # In full
 
 
-def main(seeds=3, steps=1000):
-    with contextlib.suppress(RuntimeError):  # without a compiler the plain path runs
-        rnn.build()
-    curves, growth, gradients = {}, {}, {}
-    for task in (Copy, Adding):
-        rows = []
-        for kind in KINDS:
-            networks, reached = zip(*(learn(task, kind, seed, steps, DELAYS[-1])
-                                      for seed in range(seeds)))
-            runs = [[100 * accuracy(task, net, delay) for delay in DELAYS] for net in networks]
-            curves[task, kind] = list(zip(*runs))  # for each delay: one figure a seed
-            growth[task, kind] = reached
-            rows.append([kind, *(f"{statistics.mean(a):.0f} % ({min(a):.0f} to {max(a):.0f})"
-                                 for a in curves[task, kind]),
-                         ", ".join(str(r[-1]) for r in reached),
-                         ", ".join(str(steps_until(100, r)) for r in reached)])
-            if task is Copy:
-                gradients[kind] = reach(kind, networks[0])
-        print(f"\n{task.__name__}: right answers, mean (least to most) of {seeds} seeds, at most "
-              f"{steps} steps of 32, width {HIDDEN}")
-        show_table(["", *(f"delay {d}" for d in DELAYS), "longest delay reached",
-                    "steps until 100"], rows)
-    print("\nEffective memory: the distance at which less than 1 % of the gradient is left; 210 "
-          "stands for more than 209")
-    show_table(["", "torch's initial values, 5 seeds", "rnn.initialize and this bias, 5 seeds",
-                "trained to copy"],
-               [[kind, *(", ".join(str(memory(n)) for n in norms) for norms in columns)]
-                for kind, columns in gradients.items()])
-    save_figure("memory", lambda axes: draw(axes.flat, curves, growth, gradients), nrows=2,
-                ncols=2, figsize=(10, 7.5))
-
-
 def steps_until(delay, reached):
     return sum(d < delay for d in reached) if reached[-1] >= delay else "never"
 
@@ -222,25 +197,53 @@ def reach(kind, trained):
     return [[gradient_by_distance(layer, x) for layer in column] for column in layers]
 
 
+def main(seeds=3, steps=1000):
+    study.build()
+    curves, growth, gradients = {}, {}, {}
+    for task in (Copy, Adding):
+        rows = []
+        for kind in KINDS:
+            networks, reached = zip(*(learn(task, kind, seed, steps, DELAYS[-1])
+                                      for seed in range(seeds)))
+            runs = [[100 * accuracy(task, net, delay) for delay in DELAYS] for net in networks]
+            curves[task, kind] = list(zip(*runs))  # for each delay: one figure a seed
+            growth[task, kind] = reached
+            rows.append([kind, *(study.spread(a, ".0f") for a in curves[task, kind]),
+                         ", ".join(str(r[-1]) for r in reached),
+                         ", ".join(str(steps_until(100, r)) for r in reached)])
+            if task is Copy:
+                gradients[kind] = reach(kind, networks[0])
+        print(f"\n{task.__name__}: right answers in %, mean (least to most) of {seeds} seeds, at "
+              f"most {steps} steps of 32, width {HIDDEN}")
+        study.show_table(["", *(f"delay {d}" for d in DELAYS), "longest delay reached",
+                          "steps until 100"], rows)
+    print("\nEffective memory: the distance at which less than 1 % of the gradient is left; 210 "
+          "stands for more than 209")
+    study.show_table(
+        ["", "torch's initial values, 5 seeds", "rnn.initialize and this bias, 5 seeds",
+         "trained to copy"],
+        [[kind, *(", ".join(str(memory(n)) for n in norms) for norms in columns)]
+         for kind, columns in gradients.items()])
+    study.save_figure("memory", lambda axes: draw(axes.flat, curves, growth, gradients), nrows=2,
+                      ncols=2, figsize=(10, 7.5))
+
+
 def draw(axes, curves, growth, gradients):
-    styles = {"RNN": COLOURS["rnn"], "GRU": COLOURS["gru"], "LSTM, forget bias 0": "#56b4e9",
-              "LSTM, forget bias 1": COLOURS["lstm"]}
-    for kind, colour in styles.items():
-        for ax, task in zip(axes[:2], (Copy, Adding)):
+    for kind, (_, _, colour) in KINDS.items():
+        for ax, task in zip(axes, (Copy, Adding)):
             runs = curves[task, kind]
             ax.plot(DELAYS, [statistics.mean(a) for a in runs], "o-", color=colour, label=kind)
             ax.fill_between(DELAYS, [min(a) for a in runs], [max(a) for a in runs], color=colour,
                             alpha=0.15)
+            ax.set(xlabel="delay", ylim=(0, 103), xticks=DELAYS)
         for reached in growth[Copy, kind]:
             axes[2].plot(reached, color=colour, linewidth=1.2)
         _, fresh, trained = gradients[kind]
         axes[3].semilogy(fresh[0].clamp_min(1e-12), ":", color=colour)
         axes[3].semilogy(trained[0], color=colour)
-    axes[0].set(title="Copy: bits that are right, %; by chance 50", xlabel="delay", ylim=(0, 103),
-                xticks=DELAYS)
     axes[0].legend(loc="lower right")
-    axes[1].set(title="Adding: sums that are right to 0.04, %", xlabel="delay", ylim=(0, 103),
-                xticks=DELAYS)
+    axes[0].set(title="Copy: bits that are right, %; by chance 50")
+    axes[1].set(title="Adding: sums that are right to 0.04, %")
     axes[2].set(title="Copy: longest delay solved so far, each seed", xlabel="training step")
     axes[3].set(title="Gradient left; dotted: before training", xlabel="distance in steps",
                 ylim=(1e-8, 30))

@@ -1,20 +1,20 @@
-"""How fast: four gates in one product, RNN, GRU and LSTM, packing, embedding, time first.
+"""How much faster is which form? Four gates in one product, RNN, GRU and LSTM, packing, embedding.
 
-    python tests/study_speed.py
+    python tests/studies/study_speed.py [--seconds 1]         (1 minute)
 
-What is printed are medians of the ratios of neighbouring runs, by turns, since machines are noisy.
-In `..._rivals` each line is (claim, setting, what should be slower, what should be faster).
+It prints medians of the ratios of neighbouring runs, taken by turns, since machines are noisy. In
+`..._rivals` each line is (claim, setting, what should be slower, what should be faster). The tests
+check that rivals compute the same.
 """
 
 import argparse
-import contextlib
 import functools
 
 import pytest
+import study
 import torch
 import torch.nn.functional as F
 from bench_lstm import interleaved, ratio
-from study import show_table
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -42,6 +42,14 @@ def gates(form, B, I, H, train):
     return lambda: torch.autograd.grad(form(*inputs), inputs, weight)
 
 
+def gate_rivals():
+    for B, I, H in ((1, 64, 128), (32, 64, 128), (32, 256, 512), (128, 256, 512)):
+        for train in (False, True):
+            yield ("four gates, four products / one",
+                   f"B {B}, I {I}, H {H}, " + ("with gradients" if train else "forward"),
+                   *(gates(form, B, I, H, train) for form in (four_gates, one_product)))
+
+
 def training_step(layer, x):
     """A function that runs a layer forwards and backwards."""
     def run():
@@ -50,32 +58,6 @@ def training_step(layer, x):
         output = output.data if isinstance(output, nn.utils.rnn.PackedSequence) else output
         output.sum().backward()
     return run
-
-
-def some_lengths(B, longest):
-    """B lengths, evenly from 1 to the longest, in any order."""
-    torch.manual_seed(0)
-    return torch.linspace(1, longest, B).long()[torch.randperm(B)]
-
-
-def symbol_reader(vocab_size, one_hot, B=32, T=64):
-    """The cost of reading symbols only: embedding or one-hot vectors, and the product with W_ih."""
-    ids = torch.randint(vocab_size, (T, B))
-    weight = nn.Parameter(torch.randn(4 * 128, vocab_size if one_hot else 64))
-    table = nn.Parameter(torch.randn(vocab_size, 64))
-
-    def run():
-        x = F.one_hot(ids, vocab_size).float() if one_hot else F.embedding(ids, table)
-        F.linear(x, weight).sum().backward()
-    return run
-
-
-def gate_rivals():
-    for B, I, H in ((1, 64, 128), (32, 64, 128), (32, 256, 512), (128, 256, 512)):
-        for train in (False, True):
-            yield ("four gates, four products / one",
-                   f"B {B}, I {I}, H {H}, " + ("with gradients" if train else "forward"),
-                   *(gates(form, B, I, H, train) for form in (four_gates, one_product)))
 
 
 def cell_rivals():
@@ -95,19 +77,37 @@ def cell_rivals():
                        training_step(getattr(module, name)(I, H), x))
 
 
+def some_lengths(B, longest):
+    """B lengths, evenly from 1 to the longest, in any order."""
+    torch.manual_seed(0)
+    return torch.linspace(1, longest, B).long()[torch.randperm(B)]
+
+
+def symbol_reader(V, one_hot, B=32, T=64):
+    """The cost of reading symbols only: embedding or one-hot vectors, and the product with W_ih."""
+    ids = torch.randint(V, (T, B))
+    weight = nn.Parameter(torch.randn(4 * 128, V if one_hot else 64))
+    table = nn.Parameter(torch.randn(V, 64))
+
+    def run():
+        x = F.one_hot(ids, V).float() if one_hot else F.embedding(ids, table)
+        F.linear(x, weight).sum().backward()
+    return run
+
+
 def input_rivals():
-    lengths, x = some_lengths(32, 100), torch.randn(100, 32, 64)
-    packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
-    for name, layer in (("nn.LSTM", nn.LSTM(64, 128)), ("nn.GRU", nn.GRU(64, 128)),
-                        ("rnn.LSTM", rnn.LSTM(64, 128)), ("rnn.GRU", rnn.GRU(64, 128))):
-        yield ("padded / packed, training", f"{name}, lengths 1 to 100, half of it padding",
-               training_step(layer, x), training_step(layer, packed))
+    x = torch.randn(100, 32, 64)
+    packed = pack_padded_sequence(x, some_lengths(32, 100), enforce_sorted=False)
+    for module in (nn, rnn):
+        for layer in (module.LSTM(64, 128), module.GRU(64, 128)):
+            yield ("padded / packed, training",
+                   f"{module.__name__}.{layer}, lengths 1 to 100, half of it padding",
+                   training_step(layer, x), training_step(layer, packed))
     for V in (65, 5000):
         yield ("one-hot / embedding of 64", f"V {V}, reading only", symbol_reader(V, True),
                symbol_reader(V, False))
-    first = nn.LSTM(64, 128, batch_first=True)
     yield ("batch first / time first", "nn.LSTM, B 32, T 64, H 128, training",
-           training_step(first, torch.randn(32, 64, 64)),
+           training_step(nn.LSTM(64, 128, batch_first=True), torch.randn(32, 64, 64)),
            training_step(nn.LSTM(64, 128), torch.randn(64, 32, 64)))
     batches = rnn.Batches(torch.randint(65, (1_000_000,)), 32, 64)
     model = rnn.CharLM(65, hidden=128)
@@ -123,16 +123,8 @@ def time_rivals():
     """The same rows through W_hh: each after the one before it, as a network must, or at once."""
     for B, T, H in ((1, 100, 256), (32, 100, 256)):
         x, w = torch.randn(T, B, H), torch.randn(H, H)
-
-        def one_by_one(x=x, w=w):
-            return [row @ w for row in x]
-
         yield ("step by step / all steps at once", f"product with W_hh, B {B}, T {T}, H {H}",
-               one_by_one, functools.partial(torch.matmul, x, w))
-
-
-# ----------------------------------------------------------------------------------------------
-# For pytest: the rivals compute the same
+               lambda x=x, w=w: [row @ w for row in x], functools.partial(torch.matmul, x, w))
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -157,21 +149,21 @@ def test_an_embedding_is_a_one_hot_product():
     torch.testing.assert_close(F.one_hot(ids, 9).float() @ table, F.embedding(ids, table))
 
 
-# ----------------------------------------------------------------------------------------------
-# In full
+def test_all_steps_at_once_compute_what_one_by_one_does():
+    for _, _, one_by_one, at_once in time_rivals():
+        torch.testing.assert_close(torch.stack(one_by_one()), at_once(), rtol=1e-4, atol=1e-4)
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--seconds", type=float, default=1.0, help="for each line of the table")
-    args = parser.parse_args()
-    with contextlib.suppress(RuntimeError):  # without a compiler the plain path runs
-        rnn.build()
+    seconds = parser.parse_args().seconds
+    study.build()
     print(f"{torch.get_num_threads()} threads, float32, torch {torch.__version__}")
     rivals = [*gate_rivals(), *cell_rivals(), *input_rivals(), *time_rivals()]
-    show_table(["claim", "setting", "ratio of times"],
-               [[claim, setting, f"{ratio(*interleaved([slow, fast], args.seconds)):.2f}"]
-                for claim, setting, slow, fast in rivals])
+    study.show_table(["claim", "setting", "ratio of times"],
+                     [[claim, setting, f"{ratio(*interleaved([slow, fast], seconds)):.2f}"]
+                      for claim, setting, slow, fast in rivals])
 
 
 if __name__ == "__main__":
