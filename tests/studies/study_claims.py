@@ -13,7 +13,8 @@ import weakref
 import pytest
 import study
 import torch
-from examples.cells import OriginalGRU
+import torch.nn.functional as F
+from examples.cells import OriginalGRU, original_gru_step
 from study_memory import gradient_by_distance
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -189,45 +190,43 @@ def test_open_forget_and_shut_input_gate_keep_c():
     row("f = 1 and i = 0 keep c", "the same to the bit", "right")
 
 
-def test_gate_order_matters():
-    """An LSTM written with gates in the order f, i, g, o; torch's order is i, f, g, o."""
+def differences(ours, theirs, convert):
+    """How far two layers with the same parameters differ, and after theirs are converted."""
     torch.manual_seed(0)
-    layer = rnn.LSTM(3, 5, dtype=torch.float64)
+    ours, theirs = (layer(3, 5, dtype=torch.float64) for layer in (ours, theirs))
     x = torch.randn(7, 2, 3, dtype=torch.float64)
-    h = c = torch.zeros(2, 5, dtype=torch.float64)
-    for t in range(7):
-        a = (x[t] @ layer.weight_ih_l0.T + h @ layer.weight_hh_l0.T
-             + layer.bias_ih_l0 + layer.bias_hh_l0)
-        f, i, g, o = a.chunk(4, dim=1)
-        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-        h = o.sigmoid() * c.tanh()
-    same = (layer(x)[1][0][0] - h).abs().max()
-    for p in layer.parameters():
-        f, i, g, o = p.data.chunk(4)
-        p.data = torch.cat((i, f, g, o))
-    exchanged = (layer(x)[1][0][0] - h).abs().max()
+    theirs.load_state_dict(ours.state_dict())
+    same = (ours(x)[0] - theirs(x)[0]).abs().max()
+    for p in theirs.parameters():
+        p.data = convert(p.data)
+    return same, (ours(x)[0] - theirs(x)[0]).abs().max()
+
+
+def test_gate_order_matters():
+    class Other(rnn.LSTM):
+        @staticmethod
+        def step(gx, state, p):
+            h, c = state
+            f, i, g, o = (gx + F.linear(h, p.weight_hh, p.bias_hh)).chunk(4, dim=1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            return {"h": o.sigmoid() * c.tanh(), "c": c}
+
+    same, exchanged = differences(rnn.LSTM, Other, lambda v: torch.cat(
+        [v.chunk(4)[k] for k in (1, 0, 2, 3)]))
     assert same > 1e-2 and exchanged < 1e-14
     row("an LSTM with gates f, i, g, o matches torch's", f"differs by {same:.2g}; with blocks "
         f"exchanged {exchanged:.1g}", "only when exchanged")
 
 
 def test_update_gate_of_the_other_convention():
-    """h' = (1 - z) h + z n, against h' = (1 - z) n + z h with z's parameters negated."""
-    torch.manual_seed(0)
-    layer = OriginalGRU(3, 5, dtype=torch.float64)
-    w, u, b = (p.data for p in (layer.weight_ih_l0, layer.weight_hh_l0, layer.bias_ih_l0))
-    nn.init.zeros_(layer.bias_hh_l0)
-    x = torch.randn(7, 2, 3, dtype=torch.float64)
-    h = torch.zeros(2, 5, dtype=torch.float64)
-    for t in range(7):
-        gx = x[t] @ w.T + b
-        r = (gx[:, :5] + h @ u[:5].T).sigmoid()
-        z = (gx[:, 5:10] + h @ u[5:10].T).sigmoid()
-        h = (1 - z) * h + z * (gx[:, 10:] + (r * h) @ u[10:].T).tanh()
-    same = (layer(x)[1][0] - h).abs().max()
-    for p in layer.parameters():
-        p.data[5:10] *= -1  # sigmoid(-a) = 1 - sigmoid(a)
-    negated = (layer(x)[1][0] - h).abs().max()
+    class Other(OriginalGRU):
+        @staticmethod
+        def step(gx, state, p):
+            new = original_gru_step(gx, state, p)
+            return {"h": (1 - new["z"]) * state[0] + new["z"] * new["n"]}
+
+    same, negated = differences(OriginalGRU, Other, lambda v: torch.cat(
+        (v[:5], -v[5:10], v[10:])))  # sigmoid(-a) = 1 - sigmoid(a)
     assert same > 1e-2 and negated < 1e-14
     row("GRU: h' = (1 - z) h + z n", f"differs from torch's convention by {same:.2g}; with z's "
         f"parameters negated {negated:.1g}", "same family")
