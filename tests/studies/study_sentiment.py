@@ -39,7 +39,7 @@ def six_sentences(cell, seed, steps=60):
     """A classifier of width 4 on one-hot words; its accuracy on the six and on the harder ones."""
     torch.manual_seed(seed)
     words = " ".join(sentence for sentence, _ in SENTENCES + HARDER).split()
-    vocab = rnn.Vocab.of(words, specials=["<pad>"])
+    vocab = rnn.Vocab(["<pad>", *sorted(set(words))])
     six, harder = ((*pad([vocab.encode(sentence.split()) for sentence, _ in labelled]),
                     torch.tensor([label for _, label in labelled]))
                    for labelled in (SENTENCES, HARDER))  # ids (B, T), lengths (B,), labels (B,)

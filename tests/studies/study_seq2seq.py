@@ -66,7 +66,7 @@ def classes(number, seed):
 
 def learn(pairs, cell="gru", steps=500, seed=0, hidden=128):
     """A model trained on the pairs by teacher forcing, and its vocabulary."""
-    vocab = rnn.Vocab.of("".join(map("".join, pairs)), specials=SPECIALS)
+    vocab = rnn.Vocab([*SPECIALS, *sorted(set("".join(map("".join, pairs))))])
     source, lengths, target = tensors(vocab, pairs)
     torch.manual_seed(seed)
     model = rnn.initialize(Seq2Seq(len(vocab), embed=32, hidden=hidden, cell=rnn.CELLS[cell]))

@@ -11,7 +11,7 @@ import math
 
 import study
 import torch
-from examples.words import split
+from examples.words import split, vocabulary
 
 import rnn
 
@@ -24,9 +24,8 @@ TRIES = {  # name: the model, the rate
 def prepare(text, max_size):
     """Vocabulary of the first nine tenths of a text, their ids, and the ids of the rest."""
     cut = int(0.9 * len(text))
-    train, held_out = split(text[:cut]), split(text[cut:])
-    vocab = rnn.Vocab.of(train, max_size=max_size)
-    return vocab, vocab.encode(train), vocab.encode(held_out)
+    vocab = vocabulary(text[:cut], max_size)
+    return vocab, vocab.encode(split(text[:cut])), vocab.encode(split(text[cut:]))
 
 
 def learn(vocab, ids, model, lr, steps, batch=32):
