@@ -1,11 +1,12 @@
 """A page that shows what single cells of a trained character model do, after Karpathy et al. 2015:
 held-out text, coloured by the cell that follows a feature of the text most closely.
 
+    python tests/examples/page.py out/best.pt page.html
     python tests/examples/page.py out/best.pt page.html --data my.txt
 
-reads a checkpoint of train_shakespeare.py, lets the model read the last tenth of the text, which
-training held out, and writes one HTML file that needs nothing else. Buttons on the page choose
-what colours the text: a cell, the openness of the gate that keeps the state, or the surprise.
+takes a checkpoint of train_shakespeare.py, lets the model read the last tenth of the text, which
+was held out in training, writes one HTML file that needs nothing else, and prints its name. Buttons
+on the page choose what colours the text: a cell, the gate that keeps the state, or the surprise.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the folder of rnn.py
 import rnn
+import train_shakespeare
 
 SCORED, SHOWN = 60_000, 1_500  # characters that cells are scored on, and that the page shows
 
@@ -160,22 +162,25 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="A page that shows what a model's cells do.")
     parser.add_argument("checkpoint", help="of train_shakespeare.py, such as out/best.pt")
     parser.add_argument("page", help="the HTML file to write")
-    parser.add_argument("--data", required=True, help="the text that the model was trained on")
+    parser.add_argument("--data", metavar="FILE", help="the text; default: Shakespeare")
     args = parser.parse_args(argv)
     model, vocab, training = rnn.load(args.checkpoint)
     longest = max(vocab.symbols, key=len)
     if len(longest) > 1:
-        raise ValueError(f"expected a model of characters, {args.checkpoint} has {longest!r} among "
-                         "its symbols")
-    text = Path(args.data).read_bytes().decode("utf-8")  # byte for byte: line ends stay
+        raise ValueError(f"expected a model of characters, but {args.checkpoint} has the symbol "
+                         f"{longest!r}")
+    if args.data:
+        text, name = train_shakespeare.read_text(args.data), args.data
+    else:
+        text, name = train_shakespeare.shakespeare()
     text = text[int(0.9 * len(text)) :][:SCORED]
     if len(text) < 2:
-        raise ValueError("expected two characters or more in the last tenth of the text, "
-                         f"{args.data} has {len(text)} there")
-    history = training.get("history", [])
-    about = (f"{args.checkpoint}, a character model with {model.rnn}, reads the last tenth of "
-             f"{args.data}.")
-    page = make_page(model, history, vocab.encode(text), text, about)
+        raise ValueError("expected two characters or more in the last tenth of the text, but "
+                         f"{name} has {len(text)} there")
+    run = {"step": 0, "history": [], **training.get("run", {})}
+    about = (f"{args.checkpoint}, a character model with {model.rnn} after {run['step']:,} steps, "
+             f"reads the last tenth of {name}.")
+    page = make_page(model, run["history"], vocab.encode(text), text, about)
     Path(args.page).write_text(page, encoding="utf-8")
     print(f"page: {args.page}")
 

@@ -53,9 +53,12 @@ class Seq2Seq(nn.Module):
 
     def encode(self, source, lengths):
         """source (B, T), lengths (B,) -> memory (B, T, H), where it is valid (B, T), and the state
-        that the decoder starts from."""
-        T, x = source.shape[1], self.drop(self.embedding(source))  # (B, T, I)
-        lengths = torch.as_tensor(lengths).cpu()
+        that the decoder starts from. Raises ValueError for lengths that do not fit."""
+        T, lengths = source.shape[1], torch.as_tensor(lengths).cpu()
+        if lengths.shape != source.shape[:1] or not ((lengths >= 1) & (lengths <= T)).all():
+            raise ValueError(f"lengths should be {len(source)} numbers from 1 to {T}, "
+                             f"got {lengths.tolist()}")
+        x = self.drop(self.embedding(source))  # (B, T, I)
         packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
         memory, state = self.encoder(packed)
         memory, _ = pad_packed_sequence(memory, batch_first=True, total_length=T)  # (B, T, H)
