@@ -1,7 +1,7 @@
-"""rnn_C: the fused LSTM of csrc/ as Python sees it: when it runs, types, derivatives, shapes.
+"""The fused LSTM as Python sees it: when it runs, types, derivatives, shapes.
 
-setup.py installs this folder as the package rnn_C, with the compiled operators inside. rnn.py takes
-it from there; or rnn.build() takes it from csrc/ and has it compiled just in time (build.py).
+setup.py installs this folder as the package rnn_C, with the compiled operators inside. rnn.py
+imports that; or rnn.build() imports csrc and has it compiled just in time (build.py).
 """
 
 import sys
@@ -22,8 +22,7 @@ def load(kernel):
     """Load the operators that setup.py has compiled; `kernel` is the value of RNN_KERNEL, "" for
     the best there is. Returns this module; or None, after a warning, if there are none or they are
     for another Python, torch or CPU. Raises ValueError for a kernel that cannot run here."""
-    if has_cuda is None and not build.load():  # not None: rnn.py is being reloaded
-        del sys.modules[build.__name__]  # should rnn.build() follow, it has its own
+    if has_cuda is None and not build.load():  # not None: somebody reloads rnn.py
         return None
     _use(kernel)
     return sys.modules[__name__]
@@ -31,7 +30,8 @@ def load(kernel):
 
 def compile_and_load(kernel):
     """The same, compiled just in time. Raises RuntimeError if that fails, and ValueError."""
-    build.compile_and_load()
+    if has_cuda is None:
+        build.compile_and_load()
     _use(kernel)
 
 

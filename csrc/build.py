@@ -97,16 +97,15 @@ def compile_and_load():
     if torch._C._dispatch_has_kernel("rnn::lstm_forward"):
         raise RuntimeError("the operators of another build are loaded already: restart Python")
     sources = [os.path.join(FOLDER, name) for name in SOURCES + cuda_sources()]
-    name = f"rnn_C_{library()}"
-    folder = cpp_extension._get_build_directory(name, verbose=False)
-    with open(os.path.join(folder, "rnn.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one process at a time; ends with it, however it ends
-        if os.path.exists(os.path.join(folder, "lock")):  # torch's own does not: a build that was
-            os.unlink(os.path.join(folder, "lock"))  # killed would leave all others waiting
-        try:
-            compile_flags, link_flags = flags()
+    name, (compile_flags, link_flags) = f"rnn_C_{library()}", flags()
+    try:
+        folder = cpp_extension._get_build_directory(name, verbose=False)
+        with open(os.path.join(folder, "rnn.lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # one process at a time; ends with it, however it ends
+            if os.path.exists(os.path.join(folder, "lock")):  # torch's own does not: a build that
+                os.unlink(os.path.join(folder, "lock"))  # was killed would leave all others waiting
             cpp_extension.load(name, sources, extra_cflags=compile_flags,
                                extra_cuda_cflags=cuda_flags(), extra_ldflags=link_flags,
                                build_directory=folder)
-        except Exception as error:
-            raise RuntimeError(f"{error} (in {folder})") from error
+    except Exception as error:  # no compiler, no ninja, a folder that cannot be written
+        raise RuntimeError(f"the fused LSTM could not be built: {error}") from error

@@ -213,10 +213,10 @@ Three weight_gradients(const at::Tensor& da, const at::Tensor& x, const at::Tens
 
 TORCH_LIBRARY(rnn, m) {
   m.def("lstm_forward(Tensor x, Tensor w_ih, Tensor bias, Tensor h0, Tensor c0, Tensor w_hh, "
-        "int[] sizes, bool reverse, bool save) -> (Tensor, Tensor, Tensor)");
+        "SymInt[] sizes, bool reverse, bool save) -> (Tensor, Tensor, Tensor)");
   m.def("lstm_backward(Tensor dh, Tensor? dc, Tensor gates, Tensor c, Tensor c0, Tensor? w_ih, "
-        "Tensor w_hh, int[] sizes, bool reverse) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("lstm_weight_gradients(Tensor da, Tensor x, Tensor h, Tensor h0, int[] sizes, "
+        "Tensor w_hh, SymInt[] sizes, bool reverse) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("lstm_weight_gradients(Tensor da, Tensor x, Tensor h, Tensor h0, SymInt[] sizes, "
         "bool reverse) -> (Tensor, Tensor, Tensor)");
   m.def("kernels() -> str[]", rnn::kernels);
   m.def("use_kernel(str name) -> ()", rnn::use_kernel);

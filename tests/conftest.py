@@ -1,8 +1,11 @@
 """What all tests share: the import path, and the table of layers that are drop-ins for torch's."""
 
+import os
 import pathlib
 import shutil
+import subprocess
 import sys
+import textwrap
 
 import pytest
 import torch
@@ -77,27 +80,46 @@ def path(request, monkeypatch):
     return request.param
 
 
-# Where and in which type the fused LSTM runs: device, RNN_PERSISTENT, type. On CUDA it has two
-# forms, and each must be seen to work: 0 forces the stepwise one, 1 the persistent one.
-PLACES = [("cpu", "", dtype) for dtype in (torch.float32, torch.float64, torch.bfloat16)]
-PLACES += [("cuda", "0", dtype) for dtype in (torch.float32, torch.float64, torch.float16,
-                                              torch.bfloat16)]
-PLACES += [("cuda", "1", dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)]
+def use_kernel(name):
+    """From now on the fused LSTM runs this kernel; skips the test where that cannot be."""
+    build_fused()
+    if name not in torch.ops.rnn.kernels():
+        pytest.skip(f"RNN_KERNEL={name} cannot run here")
+    torch.ops.rnn.use_kernel(name)
 
 
-def name_of(place):
-    form = {"": "", "0": "-stepwise", "1": "-persistent"}[place[1]]
-    return place[0] + form + "-" + str(place[2]).removeprefix("torch.")
+@pytest.fixture
+def kernel(request):
+    """For tests with `parametrize("kernel", [...], indirect=True)`: the test runs with that one."""
+    import rnn
+
+    use_kernel(request.param)
+    yield request.param
+    torch.ops.rnn.use_kernel(rnn.KERNEL)
 
 
-@pytest.fixture(params=PLACES, ids=name_of)
-def place(request, monkeypatch):
-    """Device and type, for a test whose body is the same for all."""
-    device, form, dtype = request.param
-    if device == "cuda":
-        need_gpu()
-        monkeypatch.setenv("RNN_PERSISTENT", form)
-    return device, dtype
+# Where and in which type the fused LSTM runs: kernel, device, type. Each kernel stands with the
+# types that it computes in a way of its own.
+PLACES = [("simple", "cpu", torch.float64), ("simple", "cpu", torch.bfloat16),
+          ("vector", "cpu", torch.float64), ("vector", "cpu", torch.float32),
+          ("avx512_bf16", "cpu", torch.bfloat16),
+          ("amx", "cpu", torch.float32), ("amx", "cpu", torch.bfloat16)]
+if torch.cuda.is_available():
+    PLACES += [("steps", "cuda", dtype)
+               for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16)]
+    PLACES += [("persistent", "cuda", dtype)
+               for dtype in (torch.float32, torch.float16, torch.bfloat16)]
+
+
+@pytest.fixture(params=PLACES, ids=lambda place: f"{place[0]}-{place[2]}".replace("torch.", ""))
+def place(request):
+    """Device and type, for a test whose body is the same for all kernels."""
+    import rnn
+
+    kernel, device, dtype = request.param
+    use_kernel(kernel)
+    yield device, dtype
+    torch.ops.rnn.use_kernel(rnn.KERNEL)
 
 
 def need_gpu():
@@ -125,9 +147,18 @@ def close(ours, theirs, dtype, times=32):
 
 
 def build_fused():
-    """Only a machine without a compiler may skip what needs the fused LSTM."""
+    """Skips what needs the fused LSTM only without a compiler, or with RNN_KERNEL=plain."""
     import rnn
 
+    if rnn.KERNEL == "plain":
+        pytest.skip("RNN_KERNEL=plain")
     if not rnn.fused and not (shutil.which("c++") or shutil.which("cl")):
         pytest.skip("no C++ compiler: the fused LSTM cannot be built")
     rnn.build()
+
+
+def python(code, cwd, **environment):
+    """Run this code in another Python."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=cwd, env=environment,
+                          capture_output=True, text=True, timeout=300)
