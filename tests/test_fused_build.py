@@ -74,6 +74,8 @@ def test_the_environment_decides(tmp_path, absent):
 
 def test_the_kernel_that_is_named_runs(tmp_path, absent):
     """`simple` and `vector` sum in different orders, so their last bits differ."""
+    if "vector" not in torch.ops.rnn.kernels():
+        pytest.skip("built without the fast kernels")
     code = """
         import rnn, torch
         rnn.build()
@@ -148,17 +150,17 @@ def test_two_libraries_in_one_process_are_an_error_and_not_its_end(tmp_path, abs
 
 @pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="has no other instruction sets")
-def test_a_library_for_another_cpu_says_so(tmp_path, absent):
+def test_a_library_for_another_cpu_says_so(tmp_path):
     """It pretends that this CPU has nothing, and is asked twice."""
     shutil.copy(ROOT / "rnn.py", tmp_path)
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    for name, old, new in (("lstm.cpp", "__builtin_cpu_supports(feature)", "false"),
-                           ("build.py", '"lstm_simple.cpp", "lstm_cpu.cpp", "lstm_bf16.cpp", '
-                            '"gradients.cpp"', '"lstm_simple.cpp"'),
-                           ("build.py", '"-O3", native', '"-DRNN_ONLY_SIMPLE", "-O1", native')):
-        source = (tmp_path / "csrc" / name).read_text()
-        assert source.count(old) == 1
-        (tmp_path / "csrc" / name).write_text(source.replace(old, new))
+    for name, old, new in (
+            ("lstm.cpp", r"__builtin_cpu_supports\(feature\)", "false"),
+            ("build.py", r"SOURCES = .*", 'SOURCES = ["lstm.cpp", "lstm_simple.cpp"]'),
+            ("build.py", '"-O3", native', '"-DRNN_ONLY_SIMPLE", "-O1", native')):
+        source, count = re.subn(old, new, (tmp_path / "csrc" / name).read_text())
+        assert count == 1
+        (tmp_path / "csrc" / name).write_text(source)
     done = python("""
         import rnn
         for _ in range(2):
