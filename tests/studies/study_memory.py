@@ -17,7 +17,6 @@ It prints the accuracy at each delay, and the distance at which gradients are lo
 import random
 import statistics
 
-import pytest
 import study
 import torch
 import torch.nn.functional as F
@@ -151,7 +150,6 @@ def memory(norms, least=0.01):
 # Small versions, for pytest
 
 
-@pytest.mark.slow
 def test_lstm_copies_over_twenty_steps_and_rnn_does_not():
     lstm, reached = learn(Copy, "LSTM, forget bias 1", seed=0, steps=700, longest=20)
     plain, never = learn(Copy, "RNN", seed=0, steps=len(reached), longest=20)
