@@ -95,16 +95,19 @@ def test_own_cells_have_every_option(cls, more, bias):
 
 
 def test_original_gru_is_the_papers():
-    """Cho et al. 2014, written out once more for a single unit."""
-    cell = OriginalGRU(1, 1, dtype=torch.float64)
-    (wr, wz, wn), (ur, uz, un) = cell.weight_ih_l0.flatten(), cell.weight_hh_l0.flatten()
-    br, bz, bn = cell.bias_ih_l0 + cell.bias_hh_l0
-    h = torch.zeros((), dtype=torch.float64)
-    x = torch.randn(T, dtype=torch.float64)
+    """Cho et al. 2014, written out once more; torch's form differs."""
+    layer = OriginalGRU(I, H, dtype=torch.float64)
+    (wr, wz, wn), (ur, uz, un) = layer.weight_ih_l0.split(H), layer.weight_hh_l0.split(H)
+    br, bz, bn = (layer.bias_ih_l0 + layer.bias_hh_l0).split(H)
+    h = torch.zeros(H, dtype=torch.float64)
+    x = torch.randn(T, I, dtype=torch.float64)
     for t in range(T):
-        r, z = torch.sigmoid(wr * x[t] + ur * h + br), torch.sigmoid(wz * x[t] + uz * h + bz)
-        h = (1 - z) * torch.tanh(wn * x[t] + un * (r * h) + bn) + z * h
-    same(cell(x[:, None])[1].squeeze(), h)
+        r = torch.sigmoid(wr @ x[t] + ur @ h + br)
+        z = torch.sigmoid(wz @ x[t] + uz @ h + bz)
+        h = (1 - z) * torch.tanh(wn @ x[t] + un @ (r * h) + bn) + z * h
+    same(layer(x)[1][0], h)
+    theirs = with_weights_of(rnn.GRU(I, H, dtype=torch.float64), layer)
+    assert not torch.allclose(theirs(x)[1][0], h)
 
 
 def with_weights_of(layer, other):

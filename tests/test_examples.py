@@ -297,13 +297,20 @@ def test_a_beam_of_one_is_greedy(cell):
         same(weights[b, :n], looks[0])
 
 
-def test_a_beam_of_full_width_finds_the_likeliest():
-    """All targets of up to 3 of 5 symbols, one after the other; greedy misses some of the best."""
-    torch.manual_seed(4)
+def wavering(seed):
+    """A translator of 5 symbols whose targets differ, and whose likeliest are not the greedy ones;
+    six sources, padded, and their lengths."""
+    torch.manual_seed(seed)
     model = Seq2Seq(5, embed=4, hidden=6).double()
     with torch.no_grad():
+        model.embedding.weight *= 3
         model.output.weight *= 8
-    ids, lengths = pad([torch.randint(3, 5, (n,)) for n in (1, 2, 3, 4, 5, 6)])
+    return model, *pad([torch.randint(3, 5, (n,)) for n in (1, 2, 3, 4, 5, 6)])
+
+
+def test_a_beam_of_full_width_finds_the_likeliest():
+    """All targets of up to 3 of 5 symbols, one after the other; greedy misses some of the best."""
+    model, ids, lengths = wavering(seed=3)
     result, logp, _ = model.translate(ids, lengths, beam=5**3, length=3)
     greedy = model.translate(ids, lengths, beam=1, length=3)[1]
     assert (greedy < logp - 1e-6).any() and (greedy <= logp + 1e-12).all()
@@ -317,6 +324,27 @@ def test_a_beam_of_full_width_finds_the_likeliest():
             best = max(best, (sum(row[s].item() for row, s in zip(logits, target)), target))
         assert logp[b].item() == pytest.approx(best[0], rel=1e-12)
         assert tuple(result[b].tolist())[: len(best[1])] == best[1]
+
+
+@pytest.mark.parametrize("seed", [1, 3, 4])
+@pytest.mark.parametrize("beam", [2, 3])
+def test_beam_search_written_out(beam, seed):
+    """For one source after the other, with lists."""
+    model, ids, lengths = wavering(seed)
+    result, logp, _ = model.translate(ids, lengths, beam, length=6)
+    assert len({tuple(row) for row in result.tolist()}) > 2
+    for b in range(len(ids)):
+        kept = [([BOS], 0.0)]  # the likeliest targets, and ln of their probabilities
+        for _ in range(result.shape[1]):
+            longer = [(target + [EOS], total) for target, total in kept if target[-1] == EOS]
+            for target, total in kept:
+                if target[-1] != EOS:
+                    logits, _ = model(ids[b : b + 1], lengths[b : b + 1], torch.tensor([target]))
+                    scores = logits[0, -1].log_softmax(-1).tolist()
+                    longer += [(target + [s], total + scores[s]) for s in range(5)]
+            kept = sorted(longer, key=lambda row: -row[1])[:beam]
+        assert result[b].tolist() == kept[0][0][1:]
+        assert logp[b].item() == pytest.approx(kept[0][1], rel=1e-12)
 
 
 def test_translation_ends_early_and_leaves_the_model_as_it_was():

@@ -112,6 +112,8 @@ def test_what_the_page_hears_is_what_the_network_does(folder, text):
         _, _, traces = model.rnn.trace(model.embedding(ids[:, None]))
         torch.testing.assert_close(cells, traces[0]["c"][:, 0].tanh())
         torch.testing.assert_close(gate, traces[0]["f"].mean((1, 2)))
+        logp = model(ids[None])[0][0].log_softmax(-1)  # (T, V)
+        torch.testing.assert_close(surprise[1:], -logp[range(len(ids) - 1), ids[1:]])
     assert surprise[1:].mean().item() == pytest.approx(rnn.evaluate(model, ids), rel=1e-5)
     assert surprise[0] == 0 and model.training
 
