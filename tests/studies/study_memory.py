@@ -146,10 +146,6 @@ def memory(norms, least=0.01):
     return int(below.min()) if len(below) else len(norms)
 
 
-# ----------------------------------------------------------------------------------------------
-# Small versions, for pytest
-
-
 def test_lstm_copies_over_twenty_steps_and_rnn_does_not():
     lstm, reached = learn(Copy, "LSTM, forget bias 1", seed=0, steps=700, longest=20)
     plain, never = learn(Copy, "RNN", seed=0, steps=len(reached), longest=20)
@@ -172,10 +168,6 @@ def test_gradients_are_those_of_a_known_network():
     layer.weight_ih_l0.data, layer.weight_hh_l0.data = torch.eye(3), torch.eye(3) / 2
     norms = gradient_by_distance(layer, torch.ones(10, 2, 3))
     torch.testing.assert_close(norms, 0.5 ** torch.arange(10).double())
-
-
-# ----------------------------------------------------------------------------------------------
-# In full
 
 
 def steps_until(delay, reached):

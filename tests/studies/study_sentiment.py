@@ -173,10 +173,6 @@ def few_labels(train, held_out, vectors=None, freeze=False, seed=0):
     return right(model, held_out)
 
 
-# ----------------------------------------------------------------------------------------------
-# Small versions, for pytest
-
-
 def test_six_sentences_are_learnt():
     for cell in NAMES:
         assert six_sentences(cell, seed=0)[0] == 1.0
@@ -217,9 +213,6 @@ def test_buckets_hold_little_padding():
     data = reviews(1000, 100, 0)
     assert padding(data, bucketed=True) < 0.05 < 0.3 < padding(data, bucketed=False)
 
-
-# ----------------------------------------------------------------------------------------------
-# In full
 
 STACKS = {"1 layer": (1, False), "2 layers": (2, False), "3 layers": (3, False),
           "1, both directions": (1, True)}

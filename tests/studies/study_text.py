@@ -195,10 +195,6 @@ def first_loss(model, ids, starts, warm_up, length=20):
         return rnn.cross_entropy(logits[:, warm_up:], rows[:, warm_up + 1 :]).item()
 
 
-# ----------------------------------------------------------------------------------------------
-# Small versions, for pytest
-
-
 @pytest.fixture
 def recall():
     """A digit, seven dashes, the same digit again; over and over. The vocabulary and the ids."""
@@ -267,10 +263,6 @@ def test_greedy_text_repeats_itself_and_warming_up_helps(text, vocab, ids):
     assert known_cold > known_hot and words_cold < words_hot
     starts = range(1205, 1300)  # in the middle of words, too
     assert first_loss(model, ids, starts, 30, 1) < first_loss(model, ids, starts, 0, 1)
-
-
-# ----------------------------------------------------------------------------------------------
-# In full
 
 
 def main(seeds=3, steps=250):
