@@ -1,6 +1,8 @@
 """The page that shows what cells do, from examples/page.py: its numbers, its text, its errors."""
 
+import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -34,7 +36,8 @@ def make_checkpoint(path, text, **options):
     for step, loss, _ in rnn.train(model, rnn.Batches(ids, batch=4, context=16), 30):
         if step % 3 == 0:
             history.append((step, loss, rnn.evaluate(model, ids[-200:])))
-    rnn.save(path, model, vocab, run={"step": 30, "history": history})
+    config = {"sha256": hashlib.sha256(text.encode()).hexdigest()}
+    rnn.save(path, model, vocab, config=config, history=history)
     return history
 
 
@@ -73,7 +76,8 @@ def test_a_page_shows_what_the_cells_do(tmp_path, monkeypatch, capsys, cell, gat
     source, data = read_page(tmp_path / "p.html")
     begin = text.index(data["text"][:60], int(0.9 * len(text)))
     assert text[begin:].startswith(data["text"]) and len(data["text"]) > 500
-    assert "<b>Ann" not in source and "after 30 steps, reads the last tenth of tags.txt" in source
+    assert "<b>Ann" not in source
+    assert "reads the last tenth of tags.txt, which it was not trained on." in source
     assert not re.search(r"""(src|href|url)\W*[=(]|https?:|@import""", source)  # needs nothing else
     assert "prefers-color-scheme: dark" in source and "width=device-width" in source
     names = [view["name"] for view in data["views"]]
@@ -137,14 +141,31 @@ def test_a_page_of_a_checkpoint_without_a_record(folder, monkeypatch):
     rnn.save("young.pt", model, vocab)
     page.main(["young.pt", "young.html", "--data", "text.txt"])
     source, _ = read_page(folder / "young.html")
-    assert "fewer than two evaluations" in source and "after 0 steps" in source
+    assert "fewer than two evaluations" in source and "not the text it was trained on" in source
+
+
+def test_a_page_of_a_run_of_train_shakespeare(folder):
+    """best.pt and last.pt, as the script writes them."""
+    script = str(ROOT / "train_shakespeare.py")
+    flags = "--data text.txt --out run --steps 20 --hidden 16 --embed 8 --batch 4 --context 16"
+    done = subprocess.run([sys.executable, script, *flags.split()], cwd=folder, text=True,
+                          env={**os.environ, "RNN_KERNEL": "plain"}, capture_output=True,
+                          timeout=300)
+    assert done.returncode == 0, done.stderr
+    for name in ("best", "last"):
+        page.main([str(folder / "run" / f"{name}.pt"), str(folder / "run.html"), "--data",
+                   str(folder / "text.txt")])
+        source, _ = read_page(folder / "run.html")
+        assert "text.txt, which it was not trained on." in source
+        assert source.count("<polyline") == 2
 
 
 def test_a_page_takes_shakespeare_unless_told_otherwise(folder, monkeypatch, text):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(train_shakespeare, "shakespeare", lambda: (text, "the plays"))
     page.main(["best.pt", "default.html"])
-    assert "reads the last tenth of the plays." in read_page(folder / "default.html")[0]
+    source, _ = read_page(folder / "default.html")
+    assert "reads the last tenth of the plays, which it was not trained on." in source
 
 
 @pytest.mark.parametrize("arguments,message", [

@@ -10,6 +10,7 @@ on the page choose what colours the text: a cell, the gate that keeps the state,
 """
 
 import argparse
+import hashlib
 import html
 import json
 import re
@@ -173,14 +174,16 @@ def main(argv=None):
         text, name = train_shakespeare.read_text(args.data), args.data
     else:
         text, name = train_shakespeare.shakespeare()
+    digest = hashlib.sha256(text.encode("utf-8")).hexdigest()
+    known = training.get("config", {}).get("sha256") == digest
     text = text[int(0.9 * len(text)) :][:SCORED]
     if len(text) < 2:
         raise ValueError("expected two characters or more in the last tenth of the text, but "
                          f"{name} has {len(text)} there")
-    run = {"step": 0, "history": [], **training.get("run", {})}
-    about = (f"{args.checkpoint}, a character model with {model.rnn} after {run['step']:,} steps, "
-             f"reads the last tenth of {name}.")
-    page = make_page(model, run["history"], vocab.encode(text), text, about)
+    about = (f"{args.checkpoint}, a character model with {model.rnn}, reads the last tenth of "
+             f"{name}, {'which it was not' if known else 'not the text it was'} trained on.")
+    history = training.get("run", training).get("history", [])  # in last.pt, in best.pt
+    page = make_page(model, history, vocab.encode(text), text, about)
     Path(args.page).write_text(page, encoding="utf-8")
     print(f"page: {args.page}")
 
