@@ -45,21 +45,31 @@ def _use(kernel):
 
 def _register_shapes():
     """What the operators return, by shape, so that torch.compile can trace them. What does not fit
-    is found when they run: the checks are in lstm.cpp."""
+    is found when they run: the checks are in lstm.cpp. Only devices are checked here: with one
+    tensor on the meta device, torch calls these functions alone, and the result, on the CPU, would
+    be uninitialised memory."""
+
+    def check_devices(*tensors):
+        devices = {t.device for t in tensors if t is not None}
+        if len(devices) > 1:
+            raise RuntimeError(f"lstm: all tensors must be on one device, got {devices}")
 
     @torch.library.register_fake("rnn::lstm_forward")
     def _(x, w_ih, bias, h0, c0, w_hh, sizes, reverse, save):
+        check_devices(x, w_ih, bias, h0, c0, w_hh)
         (N, _), (B, H) = x.shape, h0.shape
         return (x.new_empty(N, H), x.new_empty(N if save else B, H),
                 x.new_empty(N if save else 0, 4 * H))
 
     @torch.library.register_fake("rnn::lstm_backward")
     def _(dh, dc, gates, c, c0, w_ih, w_hh, sizes, reverse):
+        check_devices(dh, dc, gates, c, c0, w_ih, w_hh)
         (N, H), (B, _), I = dh.shape, c0.shape, 0 if w_ih is None else w_ih.shape[1]
         return dh.new_empty(N, 4 * H), dh.new_empty(N, I), dh.new_empty(B, H), dh.new_empty(B, H)
 
     @torch.library.register_fake("rnn::lstm_weight_gradients")
     def _(da, x, h, h0, sizes, reverse):
+        check_devices(da, x, h, h0)
         I, H = x.shape[1], h.shape[1]
         dtype = torch.float32 if da.dtype == torch.bfloat16 else da.dtype
         return tuple(da.new_empty(shape, dtype=dtype) for shape in ((4 * H, I), (4 * H, H), 4 * H))
@@ -90,7 +100,7 @@ def can_run(x):
     make_fx record what runs: what they record should run without this library, and with a batch
     size that may change."""
     device = x.device.type
-    return (type_of(x) in TYPES.get(device, ()) and (device == "cpu" or has_cuda)
+    return (device in TYPES and (device == "cpu" or has_cuda) and type_of(x) in TYPES[device]
             and not torch._C._are_functorch_transforms_active()
             and torch.autograd.forward_ad._current_level < 0
             and not recorded())

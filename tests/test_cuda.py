@@ -1,26 +1,28 @@
 """What the fused LSTM does on GPUs only: streams, graphs, autocast, its two forms; and when it is
 compiled for them. Its results are compared in test_fused.py, by the tests with a `place`.
 
-The README, On a GPU, has the commands that look for invalid memory accesses and races.
+csrc/README.md, On a GPU, has the commands that look for invalid memory accesses and races.
 """
 
 import os
 
 import pytest
 import torch
-from conftest import build_fused, need_gpu
+from conftest import build_fused, need_gpu, use_kernel
 from test_fused import random_case, tensors
 from torch import nn
 
 import rnn
 
-FORMS = ["0", "1"]  # RNN_PERSISTENT: stepwise, persistent
+FORMS = ["steps", "persistent"]
 
 
-@pytest.fixture(params=FORMS, ids=["stepwise", "persistent"])
-def gpu(request, monkeypatch):
+@pytest.fixture(params=FORMS)
+def gpu(request):
     need_gpu()
-    monkeypatch.setenv("RNN_PERSISTENT", request.param)
+    use_kernel(request.param)
+    yield request.param
+    torch.ops.rnn.use_kernel(rnn.KERNEL)
 
 
 def on_gpu(*shape, dtype=torch.float32):
@@ -53,15 +55,16 @@ def test_same_bits_from_run_to_run(gpu, shape, dtype):
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_both_forms_agree(shape, dtype, reverse, monkeypatch):
+def test_both_forms_agree(shape, dtype, reverse):
     """On larger shapes than test_fused.py's, with weights as layers have them."""
     need_gpu()
     inputs, sizes = on_gpu(*shape, dtype=dtype), shape[-1]
     inputs[3:] = [t * shape[2] ** -0.5 for t in inputs[3:]]
     results = []
     for form in FORMS:
-        monkeypatch.setenv("RNN_PERSISTENT", form)
+        use_kernel(form)
         results.append(run(inputs, sizes, reverse))
+    torch.ops.rnn.use_kernel(rnn.KERNEL)
     for a, b in zip(*results):
         bound = 16 * torch.finfo(dtype).eps * max(1.0, float(b.abs().max()))
         torch.testing.assert_close(a, b, rtol=0, atol=bound)
@@ -152,7 +155,7 @@ def test_autocast_casts_the_inputs(gpu, dtype):
     output.float().square().sum().backward()
     assert x.grad.dtype == torch.float32 and all(p.grad.dtype == p.dtype for p in ours.parameters())
     double = rnn.LSTM(5, 4).cuda().double()
-    if os.environ["RNN_PERSISTENT"] == "0":  # as in torch, autocast leaves float64 alone
+    if gpu == "steps":  # the other form has no float64; as in torch, autocast leaves float64 alone
         with torch.autocast("cuda", dtype):
             assert double(x.double())[0].dtype == torch.float64
 
@@ -169,20 +172,18 @@ def test_the_layer_takes_it(gpu):
     torch.testing.assert_close(compiled(x)[0], layer(x)[0])
 
 
-def test_what_does_not_fit_is_stepwise_or_an_error(monkeypatch):
+def test_what_does_not_fit_the_persistent_form_is_an_error():
     need_gpu()
     inputs = on_gpu(2, 3, 8, [2], dtype=torch.float64)  # has no persistent form
-    monkeypatch.setenv("RNN_PERSISTENT", "1")
-    with pytest.raises(RuntimeError, match="no persistent form fits this GPU for B=2, H=8"):
+    use_kernel("persistent")
+    with pytest.raises(RuntimeError, match="persistent does not fit this GPU for B=2, H=8"):
         run(inputs, [2])
-    monkeypatch.setenv("RNN_PERSISTENT", "yes")
-    with pytest.raises(RuntimeError, match="RNN_PERSISTENT must be 0, 1 or unset, got 'yes'"):
-        run(inputs, [2])
-    monkeypatch.delenv("RNN_PERSISTENT")
+    use_kernel("steps")
     assert run(inputs, [2])[0].dtype == torch.float64
     wide = [torch.zeros(s, device="cuda") for s in ((1, 1), (1, 8192), (1, 8192), (32768, 1),
                                                     (32768,), (32768, 8192))]
     assert run(wide, [1])[0].shape == (1, 8192)
+    torch.ops.rnn.use_kernel(rnn.KERNEL)
 
 
 # ---- when it is compiled for GPUs: no GPU needed ----
@@ -215,11 +216,12 @@ RELEASE = "Cuda compilation tools, release {}, V1"
 def test_compiled_for_gpus_when_torch_and_the_toolkit_fit(toolkit, monkeypatch):
     toolkit("13.0", RELEASE.format("13.2"))  # another minor version will do
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert rnn.fused.cuda_sources() == ["lstm_cuda.cu"]
-    assert "-gencode=arch=compute_80,code=sm_80" in rnn.fused.cuda_flags()  # with no GPU to ask
+    assert rnn.fused.build.cuda_sources() == ["lstm_cuda.cu"]
+    without_gpu = rnn.fused.build.cuda_flags()
+    assert "-gencode=arch=compute_80,code=sm_80" in without_gpu
     assert "TORCH_CUDA_ARCH_LIST" not in os.environ  # that other extensions would see
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "10.0")
-    assert rnn.fused.cuda_flags() == ["-O3"]  # torch adds the rest
+    assert rnn.fused.build.cuda_flags() == ["-O3"]  # torch adds the rest
 
 
 @pytest.mark.parametrize("torch_cuda,says,message", [
@@ -230,12 +232,12 @@ def test_compiled_for_gpus_when_torch_and_the_toolkit_fit(toolkit, monkeypatch):
 def test_a_toolkit_that_does_not_fit_is_said_and_left_alone(toolkit, torch_cuda, says, message):
     toolkit(torch_cuda, says)
     with pytest.warns(UserWarning, match=message):
-        assert rnn.fused.cuda_sources() == []
+        assert rnn.fused.build.cuda_sources() == []
 
 
 def test_no_cuda_in_torch_or_no_toolkit_is_no_news(toolkit, monkeypatch, recwarn):
     cpp_extension = toolkit(None, RELEASE.format("13.0"))
-    assert rnn.fused.cuda_sources() == []
+    assert rnn.fused.build.cuda_sources() == []
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
-    assert rnn.fused.cuda_sources() == [] and not recwarn.list
+    assert rnn.fused.build.cuda_sources() == [] and not recwarn.list

@@ -150,7 +150,7 @@ def test_two_libraries_in_one_process_are_an_error_and_not_its_end(tmp_path, abs
 
 @pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="has no other instruction sets")
-def test_a_library_for_another_cpu_says_so(tmp_path):
+def test_a_library_for_another_cpu_says_so(tmp_path, absent):
     """It pretends that this CPU has nothing, and is asked twice."""
     shutil.copy(ROOT / "rnn.py", tmp_path)
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")

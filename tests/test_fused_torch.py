@@ -119,6 +119,13 @@ def test_other_types_take_the_plain_path():
     assert layer.half()(x.half())[0].dtype == torch.float16
 
 
+def test_the_meta_device_takes_the_plain_path():
+    layer = rnn.LSTM(3, 5, device="meta")
+    assert not rnn.fused.can_run(torch.zeros(4, 2, 3, device="meta"))
+    with pytest.raises(RuntimeError, match="device"):
+        layer(torch.zeros(4, 2, 3))
+
+
 @pytest.mark.parametrize("T", [1, 4])
 @pytest.mark.parametrize("grad", [True, False], ids=["training", "inference"])
 @pytest.mark.parametrize("layer_type,input_type", [

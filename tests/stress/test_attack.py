@@ -204,8 +204,6 @@ def attack(name, seed):
         world = "here"  # there are no such fake tensors
     elif world == "meta":
         a |= {n: a[n].to("meta") for n in tensors}
-    elif any(a[n].is_meta for n in tensors):
-        world = "mixed"  # only the damage: torch traces such a call, as it does its own
     right = fits(a)
     mode = r.choice([torch.enable_grad, torch.no_grad, torch.inference_mode])
     run = getattr(torch.ops.rnn, name)
