@@ -57,8 +57,11 @@ def read_text():
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", help="a UTF-8 text; default: Tiny Shakespeare")
-    path = parser.parse_args().data
-    return train_shakespeare.read_text(path) if path else train_shakespeare.shakespeare()[0]
+    name = parser.parse_args().data
+    text, name = ((train_shakespeare.read_text(name), name) if name
+                  else train_shakespeare.shakespeare())
+    print(f"{len(text):,} characters of {name}")
+    return text
 
 
 def save_figure(name, draw, **subplots):
