@@ -215,7 +215,7 @@ def test_buckets_hold_little_padding():
 
 
 STACKS = {"1 layer": (1, False), "2 layers": (2, False), "3 layers": (3, False),
-          "1, both directions": (1, True)}
+          "both directions": (1, True)}
 
 
 def percent(accuracies):
