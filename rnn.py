@@ -1,9 +1,9 @@
 """Recurrent networks in one file: cells, layers, a character language model, and the code that
 trains, evaluates and samples it. It needs nothing but PyTorch. Read it from top to bottom.
 
-`RNN`, `LSTM` and `GRU` are drop-in replacements for torch.nn's: the same arguments, parameter names,
-initial values, shapes and results. What they add is that you can read them, look at every gate and
-state (`trace`), and plug in a cell of your own.
+`RNN`, `LSTM` and `GRU` are drop-in replacements for torch.nn's: same arguments, parameter names,
+initial values, shapes and results. And you can read them, look at every gate and state (`trace`),
+and plug in a cell of your own.
 
 Dimensions   T  time steps (symbols in a chunk of text)    I  features that a layer reads
              B  batch (sequences side by side)             H  hidden units of a layer
@@ -28,20 +28,18 @@ Units        Loss: nats per symbol. Perplexity: exp(loss). Bits per character (b
 """
 
 import contextlib
-import importlib.util
+import copy
 import math
 import os
 import sys
 import zipfile
-from collections import Counter
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.rnn import PackedSequence
 
-# ----------------------------------------------------------------------------------------------
-# Cells: one step in time, as pure functions
+# ---- Cells: one step in time, as pure functions ----------------------------------------------
 #
 # A cell takes gx, the input already multiplied: W_ih x + b_ih for all gates, (B, G*H); the state,
 # a tuple, (h,) or (h, c); and p, the parameters of its layer as attributes by torch's names. It
@@ -53,7 +51,7 @@ def rnn_step(gx, state, p):
     """Elman 1990."""
     (h,) = state  # (B, H)
     a = gx + F.linear(h, p.weight_hh, p.bias_hh)  # (B, H)
-    return {"h": a.tanh() if p.nonlinearity == "tanh" else a.relu()}
+    return {"h": {"tanh": torch.tanh, "relu": torch.relu}[p.nonlinearity](a)}
 
 
 def lstm_step(gx, state, p):
@@ -89,8 +87,7 @@ class Parameters:
         self.__dict__.update(values)
 
 
-# ----------------------------------------------------------------------------------------------
-# The loop over time
+# ---- The loop over time ----------------------------------------------------------------------
 
 
 def scan(step, rows, state, p, reverse=False, keep=False):
@@ -124,9 +121,10 @@ def map_state(function, *states):
     return tuple(function(*parts) for parts in zip(*states))
 
 
-# ----------------------------------------------------------------------------------------------
-# The fused LSTM, optional: csrc/ computes the same walk over time in C++ or CUDA, faster. The
-# environment variable RNN_KERNEL names one of its kernels (see csrc/README.md), or "plain" for none.
+# ---- The fused LSTM, optional ----------------------------------------------------------------
+#
+# csrc/ computes the same walk over time in C++ or CUDA, faster. The environment variable RNN_KERNEL
+# names one of its kernels (see csrc/README.md), or "plain" for none.
 
 KERNEL = os.environ.get("RNN_KERNEL", "")
 fused = None  # csrc/__init__.py as a module, once it is loaded
@@ -139,75 +137,59 @@ if KERNEL != "plain":
 
 def build():
     """Compile csrc/, unless that has been done, and use it from now on. It takes a C++ compiler,
-    ninja and half a minute; torch caches the result. Raises RuntimeError if it fails."""
+    ninja and half a minute; torch caches the result. Raises RuntimeError or ImportError."""
     global fused
-    if fused or KERNEL == "plain":
-        return
-    folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), "csrc")
-    try:
-        spec = importlib.util.spec_from_file_location(  # under the name that setup.py gives it
-            "rnn_C", os.path.join(folder, "__init__.py"), submodule_search_locations=[folder])
-        sys.modules["rnn_C"] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        module.compile_and_load(KERNEL)
-    except Exception as error:  # no compiler, no ninja, no csrc/, an error of the compiler
-        raise RuntimeError(f"the fused LSTM could not be built: {error}") from error
-    fused = module
+    if not fused and KERNEL != "plain":
+        sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+        import csrc
+
+        csrc.compile_and_load(KERNEL)
+        fused = csrc
 
 
-def plain_lstm(x, h0, c0, w_ih, bias, w_hh, sizes, reverse):
-    """What csrc/ computes: h and c (N, H) of every row's step, from packed rows x (N, I)."""
-    p = Parameters(weight_hh=w_hh)
-    rows = F.linear(x, w_ih, bias).split(sizes)  # T times (B_t, 4H)
-    computed, _ = scan(lstm_step, rows, (h0, c0), p, reverse, keep=True)
-    return torch.cat(computed["h"]), torch.cat(computed["c"])
-
-
-# ----------------------------------------------------------------------------------------------
-# Layers: drop-ins for torch.nn.RNN, LSTM, GRU
+# ---- Layers: drop-ins for torch.nn.RNN, LSTM, GRU --------------------------------------------
 
 
 class Recurrent(nn.RNNBase):
     """Layers of one cell, stacked, in one or both directions. The arguments are torch.nn's.
 
     torch.nn.RNNBase brings the parameters, their initial values, and the checks of arguments and
-    shapes. What stands here is the forward pass, which torch hides in C++. Parameters of layer k
-    (`_reverse` follows for the second direction); layer 0 reads I features, the others H or 2H:
+    shapes. What stands here is the forward pass, which torch hides in C++. The parameters of layer
+    k, where layer 0 reads I features and the others H or, bidirectional, 2H:
 
         weight_ih_l{k} (G*H, I)    weight_hh_l{k} (G*H, H)    bias_ih_l{k}, bias_hh_l{k} (G*H,)
-        weight_hr_l{k} (P, H) in an LSTM with proj_size=P, whose h is P wide instead of H
+        weight_hr_l{k} (P, H) with proj_size=P: then h is P wide    ..._reverse: second direction
 
     For a cell of your own derive from RNN, LSTM or GRU, whichever has as many gates and states,
-    and replace `step` (a staticmethod). It may have further parameters: see `extra_parameters`."""
+    and replace `step`, a staticmethod."""
 
-    step, states = None, 1  # the cell; 1 for the state h, 2 for (h, c)
+    kind, step, states = None, None, 1  # torch's name of the cell; the cell; 1 for h, 2 for (h, c)
     variational = False  # True: dropout between layers draws one mask for all steps of a sequence
 
-    def __init__(self, mode, *args, **kwargs):
-        if kwargs.get("proj_size") and mode != "LSTM":
+    def __init__(self, *args, **kwargs):
+        if "proj_size" in kwargs and self.kind != "LSTM":
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-        super().__init__(mode, *args, **kwargs)
-        like = self.weight_ih_l0
-        for names in self._all_weights:  # those of each layer and direction
+        super().__init__(self.kind, *args, **kwargs)
+        extra = self.extra_parameters()
+        for names in self._all_weights if extra else []:  # the names of each layer and direction
             suffix = names[0].removeprefix("weight_ih")
-            for name, shape in self.extra_parameters().items():
-                value = torch.empty(shape, dtype=like.dtype, device=like.device)
-                self.register_parameter(name + suffix, nn.Parameter(value))
-                names.append(name + suffix)
-        if self.extra_parameters():
+            for name, shape in extra.items():
+                setattr(self, name + suffix, nn.Parameter(self.weight_ih_l0.new_empty(shape)))
+            names += [name + suffix for name in extra]
+        if extra:
             self.reset_parameters()
 
     def extra_parameters(self):
-        """{name: shape} of what your cell needs beside torch's parameters, in every layer and
-        direction. Its `step` finds them in p."""
+        """{name: shape} of the parameters that your cell needs beside torch's. Every layer and
+        direction has its own, and `step` finds them in p."""
         return {}
 
     def forward(self, input, hx=None):
         """input: (T, B, I), with batch_first (B, T, I), one sequence (T, I), or a PackedSequence.
         hx, and the state returned: (num_layers * directions, B, H), for one sequence without B,
         for LSTM a tuple (h, c); None means zeros. Returns output and state; the output holds the
-        last layer's hidden state at every step, (T, B, directions * H), laid out as the input.
-        Raises torch.nn's errors: ValueError and RuntimeError that name what was expected."""
+        last layer's h at every step, (T, B, directions * H), laid out as the input. Errors are
+        torch.nn's: ValueError and RuntimeError that name what was expected."""
         return self._run(input, hx, keep=False)[:2]
 
     def trace(self, input, hx=None):
@@ -224,12 +206,11 @@ class Recurrent(nn.RNNBase):
             x = self._drop(x, sizes) if k > 0 else x
             outputs = []
             for n in range(k * directions, (k + 1) * directions):
-                start = tuple(s[n] for s in state)  # (B, H) each
                 p = Parameters(nonlinearity=getattr(self, "nonlinearity", None),
                                **{name.rpartition("_l")[0]: getattr(self, name)  # no suffix
                                   for name in self._all_weights[n]})
-                reverse = n % directions == 1
-                computed, end = self._direction(x, sizes, start, p, reverse, keep)
+                start = tuple(s[n] for s in state)  # (B, H) each
+                computed, end = self._direction(x, sizes, start, p, n % directions == 1, keep)
                 outputs.append(computed["h"])  # (T, B, H)
                 ends.append(end)
                 traces.append({name: self._as_input(input, v) for name, v in computed.items()})
@@ -263,8 +244,7 @@ class Recurrent(nn.RNNBase):
     def _prepare(self, input, hx):
         """Check input and state, and bring the four layouts into two: x (T, B, I) and sizes None,
         or packed x (N, I) and sizes, the number of rows at each step. The state is a tuple."""
-        sizes = order = None
-        x, batch_dim = input, 0 if self.batch_first else 1
+        x, sizes, order, batch_dim = input, None, None, 0 if self.batch_first else 1
         if isinstance(input, PackedSequence):
             x, sizes, order, _ = input
         elif input.dim() == 2:  # one sequence is a batch of one
@@ -276,17 +256,16 @@ class Recurrent(nn.RNNBase):
         if hx is None:
             B = x.shape[batch_dim] if sizes is None else int(sizes[0])
             layers = self.num_layers * (2 if self.bidirectional else 1)
-            widths = (self.proj_size or self.hidden_size, self.hidden_size)
-            hx = tuple(x.new_zeros(layers, B, width) for width in widths[: self.states])
-            hx = hx if self.states == 2 else hx[0]
+            h = x.new_zeros(layers, B, self.proj_size or self.hidden_size)
+            hx = h if self.states == 1 else (h, x.new_zeros(layers, B, self.hidden_size))
         else:
             hx = self.permute_hidden(hx, order)  # into the packed order
         self.check_forward_args(x, hx, sizes)
-        if sizes is None:
-            x = x.transpose(0, 1) if self.batch_first else x  # (T, B, I)
-            if len(x) == 0:
-                raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-        return x, None if sizes is None else sizes.tolist(), hx if self.states == 2 else (hx,)
+        if sizes is None and self.batch_first:
+            x = x.transpose(0, 1)  # (T, B, I)
+        if len(x) == 0 and sizes is None:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+        return x, sizes if sizes is None else sizes.tolist(), hx if self.states == 2 else (hx,)
 
     def _as_input(self, input, x):
         """A result for every step, (T, B, H) or (N, H), laid out as the input."""
@@ -301,61 +280,46 @@ class RNN(Recurrent):
     step = staticmethod(rnn_step)
 
     def __init__(self, input_size, hidden_size, num_layers=1, nonlinearity="tanh", *args, **kwargs):
-        if nonlinearity not in ("tanh", "relu"):
-            raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select 'tanh' or 'relu'.")
-        self.nonlinearity = nonlinearity
-        super().__init__(f"RNN_{nonlinearity.upper()}", input_size, hidden_size, num_layers,
-                         *args, **kwargs)
+        self.kind, self.nonlinearity = f"RNN_{nonlinearity.upper()}", nonlinearity
+        super().__init__(input_size, hidden_size, num_layers, *args, **kwargs)
+
+
+class GRU(Recurrent):
+    kind, step = "GRU", staticmethod(gru_step)
 
 
 class LSTM(Recurrent):
-    step, states = staticmethod(lstm_step), 2
+    kind, step, states = "LSTM", staticmethod(lstm_step), 2
     check_forward_args = nn.LSTM.check_forward_args  # of a tuple (h, c)
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
     permute_hidden = nn.LSTM.permute_hidden
 
-    def __init__(self, *args, **kwargs):
-        super().__init__("LSTM", *args, **kwargs)
-
     def _direction(self, x, sizes, state, p, reverse, keep):
-        """Fused where csrc/ can: it has this cell, without projection, and returns h, no gates."""
+        """Fused where csrc/ can: it has this cell without projection, and returns no gates."""
         if KERNEL not in ("", "plain") and not fused:
-            raise RuntimeError(f"RNN_KERNEL={KERNEL}, but the fused LSTM is not built: call "
-                               "rnn.build(), or run python setup.py develop")
-        rows, row_sizes = x, sizes  # packed
-        if sizes is None:
-            rows, row_sizes = x.flatten(0, 1), [x.shape[1]] * x.shape[0]  # (T * B, I)
-        if (fused and self.step is lstm_step and not self.proj_size and not keep
-                and fused.can_run(rows) and fused.pays_off(rows, row_sizes)):
-            bias = p.bias_ih + p.bias_hh if self.bias else p.weight_hh.new_zeros(len(p.weight_hh))
-            h, end = fused.lstm(rows, *state, p.weight_ih, bias, p.weight_hh, row_sizes, reverse,
-                                plain_lstm)  # plain_lstm: for second derivatives
-            computed = {"h": h.view(*x.shape[:-1], self.hidden_size)}
+            raise RuntimeError(f"RNN_KERNEL={KERNEL}, but csrc/ is not built: call rnn.build()")
+        same_cell = self.step is lstm_step and not self.proj_size and not keep
+        if same_cell and fused and fused.can_run(x, sizes, state, p):
+            h, end = fused.lstm(x, sizes, state, p, reverse, super()._direction)
+            computed = {"h": h}
         else:
             computed, end = super()._direction(x, sizes, state, p, reverse, keep)
         device = x.device.type
-        if (torch.is_autocast_enabled(device) and not self.proj_size
-                and p.weight_hh.dtype != torch.float64):
-            # torch.nn.LSTM's types: autocast's for dense input, the state's for packed input.
-            dtype = torch.get_autocast_dtype(device) if sizes is None else state[0].dtype
+        low = torch.is_autocast_enabled(device) and p.weight_hh.dtype != torch.float64
+        if low and not self.proj_size:
+            # torch.nn.LSTM's types: autocast's if all sequences are equally long, else the state's.
+            equal = sizes is None or sizes[0] == sizes[-1]
+            dtype = torch.get_autocast_dtype(device) if equal else state[0].dtype
             computed["h"], end = computed["h"].to(dtype), tuple(s.to(dtype) for s in end)
         return computed, end
 
 
-class GRU(Recurrent):
-    step = staticmethod(gru_step)
-
-    def __init__(self, *args, **kwargs):
-        super().__init__("GRU", *args, **kwargs)
-
-
-# ----------------------------------------------------------------------------------------------
-# Cell modules: drop-ins for torch.nn.RNNCell, LSTMCell, GRUCell, which bring the parameters
+# ---- Cell modules: drop-ins for torch.nn.RNNCell, LSTMCell, GRUCell, which bring the parameters
 
 
 class OneStep:
-    """A layer's single step. input (B, I) or (I,); hx (B, H) or (H,), for LSTM a tuple (h, c), None
-    means zeros. Returns the new state; `trace` also the dict of all that the cell computed. Raises
+    """input (B, I) or (I,); hx (B, H) or (H,), for LSTM a tuple (h, c), None means zeros. Returns
+    the new state; `trace` also a dict of all that the cell computed. Raises torch.nn's errors:
     ValueError for other dimensions, RuntimeError for other sizes."""
 
     def forward(self, input, hx=None):
@@ -363,23 +327,20 @@ class OneStep:
 
     def trace(self, input, hx=None):
         lstm = isinstance(self, nn.LSTMCell)
-        state = (input.new_zeros(*input.shape[:-1], self.hidden_size),) * (2 if lstm else 1)
-        expected = state[0].shape
-        if hx is not None:
-            state = tuple(hx) if lstm else (hx,)
-        for value in (input, *state):
+        zeros = input.new_zeros(*input.shape[:-1], self.hidden_size)
+        hx = (zeros, zeros)[: 2 if lstm else 1] if hx is None else tuple(hx) if lstm else (hx,)
+        for value in (input, *hx):
             if value.dim() not in (1, 2):
                 raise ValueError(f"{type(self).__name__}: Expected input and hx to be 1D or 2D, "
                                  f"got {value.dim()}D instead")
-        for s in state:
-            if s.shape != expected:  # a batch of one would broadcast
-                raise RuntimeError(f"{type(self).__name__}: Expected hx of size {tuple(expected)}, "
-                                   f"got {tuple(s.shape)}")
+        if any(h.shape != zeros.shape for h in hx):  # a batch of one would broadcast
+            raise RuntimeError(f"{type(self).__name__}: Expected hx of size {tuple(zeros.shape)}, "
+                               f"got {[tuple(h.shape) for h in hx]}")
         p = Parameters(weight_hh=self.weight_hh, bias_hh=self.bias_hh,
                        nonlinearity=getattr(self, "nonlinearity", None))
-        computed = self.step(F.linear(input, self.weight_ih, self.bias_ih), state, p)
-        new = tuple(value for value, _ in zip(computed.values(), state))
-        return new if lstm else new[0], computed
+        computed = self.step(F.linear(input, self.weight_ih, self.bias_ih), hx, p)
+        state = tuple(computed.values())[: len(hx)]
+        return state if lstm else state[0], computed
 
 
 class RNNCell(OneStep, nn.RNNCell):
@@ -394,34 +355,23 @@ class GRUCell(OneStep, nn.GRUCell):
     step = staticmethod(gru_step)
 
 
-# ----------------------------------------------------------------------------------------------
-# Text: symbols, and batches of them
+# ---- Text: symbols, and batches of them ------------------------------------------------------
 
 
 class Vocab:
-    """Symbols <-> indices. `Vocab.of(text)` has a text's distinct symbols, sorted. A text is a str
-    of characters or a list of str, such as words. With "<unk>" among the symbols, all unknown ones
+    """Symbols <-> indices. `Vocab.of(text)` has a text's distinct symbols, sorted; a text is a str
+    of characters, or a list of str such as words. With "<unk>" among the symbols, unknown ones
     become "<unk>"; without it they are a ValueError."""
 
     def __init__(self, symbols):
         self.symbols = list(symbols)
         self.index = {symbol: k for k, symbol in enumerate(self.symbols)}
-        if len(self.index) < len(self.symbols):
-            raise ValueError("a vocabulary cannot hold the same symbol twice")
+        if not self.symbols or len(self.index) < len(self.symbols):
+            raise ValueError("a vocabulary needs at least one symbol, and none of them twice")
 
     @classmethod
-    def of(cls, text, max_size=None, specials=()):
-        """max_size: keep only so many symbols, the most frequent ones, and "<unk>" for the others.
-        specials: a list of symbols such as "<pad>" that come first, from 0 on."""
-        counts, specials = Counter(text), list(specials)
-        if not counts:
-            raise ValueError("cannot make a vocabulary of an empty text")
-        if max_size is not None and max_size < len(specials) + len(counts):
-            specials += [] if "<unk>" in specials else ["<unk>"]
-            if max_size <= len(specials):
-                raise ValueError(f"max_size={max_size} leaves no room beside {specials}")
-            counts = dict(counts.most_common(max_size - len(specials)))
-        return cls(specials + sorted(counts))
+    def of(cls, text):
+        return cls(sorted(set(text)))
 
     def __len__(self):
         return len(self.symbols)
@@ -436,11 +386,10 @@ class Vocab:
         return torch.tensor([self.index.get(symbol, unknown) for symbol in text], dtype=torch.long)
 
     def decode(self, ids):
-        """Indices (L,) -> str. Raises ValueError for an index that is not from 0 to V - 1."""
+        """Indices (L,) -> str."""
         ids = torch.as_tensor(ids).tolist()
-        if ids and not 0 <= min(ids) <= max(ids) < len(self):
-            raise ValueError(f"indices must be from 0 to {len(self) - 1}, got {min(ids)} to "
-                             f"{max(ids)}")
+        if min(ids, default=0) < 0:  # Python would count from the end
+            raise ValueError(f"indices must be from 0 to {len(self) - 1}, got {min(ids)}")
         return "".join(self.symbols[k] for k in ids)
 
 
@@ -448,23 +397,19 @@ class Batches:
     """Endless chunks of a text, ids (L,), on the device of ids. `next()` returns x and y (B, T): y
     holds the symbol that follows each symbol of x.
 
-    order="sequential": row b begins at symbol b * (L // batch), and every batch continues the rows
-    of the one before, so that the state can be carried over; the text's beginning follows its end.
+    order="sequential": the text is cut into B rows, and every batch continues the rows of the one
+    before, so that the state can be carried over; after a row's end comes the next row's beginning.
     order="random": windows from anywhere, each to be read from a state of zeros."""
 
     def __init__(self, ids, batch, context, order="sequential", seed=0):
-        self.ids = ids = torch.as_tensor(ids)
+        self.ids, self.batch, self.context, self.order = torch.as_tensor(ids), batch, context, order
         if batch < 1 or context < 1 or order not in ("sequential", "random"):
             raise ValueError("batch and context must be at least 1, order 'sequential' or 'random';"
                              f" got {batch=}, {context=}, {order=}")
-        if ids.dim() != 1 or ids.dtype != torch.long:
-            raise ValueError(f"ids should be (L,) of torch.int64, got {tuple(ids.shape)} of "
-                             f"{ids.dtype}")
         needed = (batch if order == "sequential" else 1) * context + 1
         if len(ids) < needed:
-            raise ValueError(f"a text of {len(ids)} symbols is too short: {batch=}, {context=} in "
-                             f"{order} order need {needed}; give more, or make those smaller")
-        self.batch, self.context, self.order = batch, context, order
+            raise ValueError(f"a text of {len(ids)} symbols is too short: {batch=}, {context=} and "
+                             f"{order=} need {needed}")
         self.position = 0  # how far every row has been read, in symbols
         self.random = torch.Generator().manual_seed(seed)
 
@@ -480,8 +425,7 @@ class Batches:
         return chunk[:, :-1], chunk[:, 1:]
 
 
-# ----------------------------------------------------------------------------------------------
-# The character language model
+# ---- The character language model ------------------------------------------------------------
 
 CELLS = {"rnn": RNN, "lstm": LSTM, "gru": GRU}  # and your own
 
@@ -489,17 +433,15 @@ CELLS = {"rnn": RNN, "lstm": LSTM, "gru": GRU}  # and your own
 class CharLM(nn.Module):
     """Predicts the next symbol at every step: embedding, recurrent layers, output.
 
-    cell: a name in CELLS. dropout acts between layers and on the output layer's input; on the
-    embedding too, unless embed_dropout is given. variational: drop the same units at all steps of a
-    call (Gal & Ghahramani 2016, who also drop the recurrence). tie: the embedding is also the
-    output matrix (Press & Wolf 2017), so embed must equal hidden. one_hot: no embedding, the layers
-    read one-hot vectors."""
+    dropout acts between layers and on the output layer's input; on the embedding too, unless
+    embed_dropout is given. variational: drop the same units at all steps of a call (Gal &
+    Ghahramani 2016, who also drop the recurrence). one_hot: no embedding, the layers read one-hot
+    vectors. tie: the embedding is also the output matrix (Press & Wolf 2017): embed must be hidden."""
 
     def __init__(self, vocab_size, embed=64, hidden=256, layers=1, cell="lstm", dropout=0.0,
                  embed_dropout=None, variational=False, one_hot=False, tie=False):
-        arguments = locals()
+        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
-        self.config = {k: v for k, v in arguments.items() if k not in ("self", "__class__")}
         if cell not in CELLS:
             raise ValueError(f"cell must be one of {', '.join(CELLS)}, got '{cell}'")
         if tie and (one_hot or embed != hidden):
@@ -520,9 +462,8 @@ class CharLM(nn.Module):
         """ids (B, T) -> logits (B, T, V), and the state after them, as the layers'."""
         if ids.dim() != 2:
             raise ValueError(f"CharLM: Expected ids to be 2D, (B, T), got {ids.dim()}D instead")
-        x = self._drop(self.embed(ids.t()), self.embed_dropout)  # (T, B, I)
-        x, state = self.rnn(x, state)  # (T, B, H)
-        return self.output(self._drop(x, self.dropout)).transpose(0, 1), state
+        x, state = self.rnn(self._drop(self.embed(ids.t()), self.embed_dropout), state)
+        return self.output(self._drop(x, self.dropout)).transpose(0, 1), state  # x (T, B, H)
 
     def embed(self, ids):
         """ids (...) -> (..., I)"""
@@ -530,10 +471,8 @@ class CharLM(nn.Module):
             return F.one_hot(ids, self.vocab_size).to(self.output.weight.dtype)
         return self.embedding(ids)
 
-    def _drop(self, x, dropout):  # (T, B, features)
-        if self.rnn.variational:
-            return x * dropout(torch.ones_like(x[:1]))  # (1, B, features): one mask for all steps
-        return dropout(x)
+    def _drop(self, x, dropout):  # (T, B, features); variational: one mask for all steps
+        return x * dropout(torch.ones_like(x[:1])) if self.rnn.variational else dropout(x)
 
     def init_state(self, batch):
         """The state before the first symbol, zeros: (layers, B, H), for LSTM a tuple of two."""
@@ -543,41 +482,36 @@ class CharLM(nn.Module):
 
 @torch.no_grad()
 def initialize(module):
-    """Initial values for training, in place of torch's uniform ones, in every recurrent and every
-    Linear layer of `module`. Recurrent weights are orthogonal, which neither shrink nor stretch a
-    state (Saxe et al. 2014); all others Xavier, which keeps the size of signals (Glorot & Bengio
-    2010); each gate's block on its own. Biases are 0, but 1 for an LSTM's forget gate (Jozefowicz
-    et al. 2015): it begins with f at 0.73, not 0.5. torch adds two biases, so only b_ih gets the 1.
-    Returns the module. Raises ValueError if a weight is computed from others, as in weight_norm."""
+    """Initial values for training, in every recurrent and Linear layer of a module, each gate's
+    block on its own. Recurrent weights are orthogonal, so that they neither shrink nor stretch the
+    state (Saxe et al. 2014); all others Xavier (Glorot & Bengio 2010). Biases are 0, but 1 for the
+    LSTM's forget gate: it should remember at first (Jozefowicz et al. 2015). torch adds two biases,
+    so only b_ih gets the 1. Returns the module. Raises ValueError where weight_norm or the like
+    computes a weight from others."""
     for layer in module.modules():
-        names, gates = ["weight", "bias"], 1
-        if isinstance(layer, nn.RNNBase):
-            names = sum(layer._all_weights, [])
-        elif isinstance(layer, nn.RNNCellBase):
-            names = ["weight_ih", "weight_hh", "bias_ih", "bias_hh"]
-        elif not isinstance(layer, nn.Linear):
+        if not isinstance(layer, nn.RNNBase | nn.RNNCellBase | nn.Linear):
             continue
-        for name in names:
-            value = getattr(layer, name)
-            if value is not None and not isinstance(value, nn.Parameter):
-                raise ValueError(f"{name} is not a parameter, but computed from others: call "
-                                 "initialize before weight_norm or other parametrizations")
-            if name.startswith(("weight_ih", "weight_hh")):
-                gates = len(value) // layer.hidden_size
-                fill = nn.init.orthogonal_ if name.startswith("weight_hh") else nn.init.xavier_uniform_
-                for block in value.chunk(gates):  # (H, I) or (H, H) each
-                    fill(block)
-            elif name.startswith("weight") and value.dim() == 2:  # W_hr; a Linear's
-                nn.init.xavier_uniform_(value)
-            elif name.startswith("bias") and value is not None:
+        H = layer.out_features if isinstance(layer, nn.Linear) else layer.hidden_size
+        names = ["weight", "bias", "weight_ih", "weight_hh", "bias_ih", "bias_hh"]
+        for name in sum(layer._all_weights, []) if isinstance(layer, nn.RNNBase) else names:
+            value = getattr(layer, name, None)
+            if value is None:
+                continue
+            if not isinstance(value, nn.Parameter):
+                raise ValueError(f"{name} is no parameter: call initialize before weight_norm")
+            blocks = value.chunk(max(1, len(value) // H))  # one per gate; W_hr has P < H rows
+            if name.startswith("bias"):
                 nn.init.zeros_(value)
-                if name.startswith("bias_ih") and gates == 4:
-                    nn.init.ones_(value.chunk(4)[1])  # i, f, g, o
+                if name.startswith("bias_ih") and len(blocks) == 4:
+                    nn.init.ones_(blocks[1])  # i, f, g, o
+            elif value.dim() == 2:
+                recurrent = name.startswith("weight_hh")
+                for block in blocks:  # (H, I) or (H, H)
+                    (nn.init.orthogonal_ if recurrent else nn.init.xavier_uniform_)(block)
     return module
 
 
-# ----------------------------------------------------------------------------------------------
-# Training
+# ---- Training --------------------------------------------------------------------------------
 
 
 def cross_entropy(logits, targets, reduction="mean"):
@@ -600,13 +534,12 @@ def make_optimizer(model, weight_decay=0.01):
 
 
 def backward(model, x, y, state, accumulate=1, dtype=torch.float32):
-    """Add the gradient of the mean loss on one batch, x and y (B, T), to the parameters; with
-    accumulate above 1 in as many parts, some of the rows each, to save memory. dtype:
-    torch.bfloat16 runs the model under autocast.
+    """Add the gradient of the mean loss on one batch, x and y (B, T), to the parameters; to save
+    memory in `accumulate` parts, some of the rows each. dtype: torch.bfloat16 means autocast.
 
-    Returns the loss and the state after the batch, detached: its values live on, its graph ends
-    here. That truncates backpropagation through time (BPTT, Williams & Peng 1990): otherwise the
-    next batch would backpropagate through this one too, and so on to the first."""
+    Returns the loss and the state after the batch, detached: its graph ends here. That truncates
+    backpropagation through time (BPTT, Williams & Peng 1990): otherwise the next batch would
+    backpropagate through this one too, and so on to the first."""
     loss, ends = 0.0, []
     for k, (xk, yk) in enumerate(zip(x.chunk(accumulate), y.chunk(accumulate))):
         start = map_state(lambda s: s.chunk(accumulate, dim=1)[k], state)  # (layers, part of B, H)
@@ -629,9 +562,8 @@ def train(model, batches, steps, lr=4e-3, warmup=20, weight_decay=0.01, clip=1.0
                 print(step, loss, rnn.evaluate(model, held_out))
                 rnn.save("model.pt", model, vocab)
 
-    clip: the largest norm of a gradient, which over many steps may explode (Pascanu et al. 2013).
-    Raises FloatingPointError before a step whose loss or gradient is not finite would spoil the
-    weights."""
+    clip: the largest norm of a gradient; over many steps it may explode (Pascanu et al. 2013).
+    Raises FloatingPointError, before the weights change, if the loss or norm is not finite."""
     optimizer = make_optimizer(model, weight_decay)
     state = model.init_state(batches.batch)
     for step in range(steps):
@@ -650,90 +582,82 @@ def train(model, batches, steps, lr=4e-3, warmup=20, weight_decay=0.01, clip=1.0
         yield step + 1, float(loss), float(norm)
 
 
-# ----------------------------------------------------------------------------------------------
-# Evaluation
+# ---- Evaluation ------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def evaluating(model):
-    """Inside the block there is no dropout and no gradient; then every module's mode is restored."""
-    in_training = [module for module in model.modules() if module.training]
-    model.eval()
+    """No dropout and no gradients inside the block. Afterwards every module's mode is as before."""
+    modes = {module: module.training for module in model.modules()}
     try:
         with torch.no_grad():
-            yield
+            yield model.eval()
     finally:
-        for module in in_training:
-            module.training = True
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def evaluate(model, ids, batch=64, context=256):
     """The exact loss on a text, ids (L,), in nats per symbol: the state is carried from the first
-    symbol to the last, and all L - 1 predictions count alike. Raises ValueError if L < 2, and
-    FloatingPointError if the loss is not finite.
+    symbol to the last, and all L - 1 predictions count. Raises FloatingPointError if the loss is
+    not finite.
 
     For speed the text is cut into `batch` pieces, read side by side. Each piece should start from
     the state in which the piece before it ends, which is not known yet. So all start from zeros,
-    then again from the ends just found, and so on until those no longer change. The end of a piece
-    depends little on its beginning, so a few passes suffice, and `batch` passes always do."""
-    predictions = len(ids) - 1
-    if predictions < 1 or batch < 1 or context < 1:
-        raise ValueError("evaluation needs a text of at least 2 symbols, batch and context of at "
-                         f"least 1; got {len(ids)}, {batch} and {context}")
-    length = math.ceil(predictions / batch)
-    batch = math.ceil(predictions / length)  # so that no piece is empty
-    missing = batch * length - predictions  # at the end of the last piece
+    then again from the ends just found, and so on until those no longer change. Networks forget, so
+    a few passes suffice; `batch` passes always do."""
+    if len(ids) < 2 or batch < 1 or context < 1:
+        raise ValueError("evaluation needs at least 2 symbols, batch and context of at least 1; "
+                         f"got {len(ids)} symbols, {batch=}, {context=}")
+    length = math.ceil((len(ids) - 1) / batch)
+    batch = math.ceil((len(ids) - 1) / length)  # so that no piece is empty
+    missing = batch * length - (len(ids) - 1)  # at the end of the last piece
     x = F.pad(ids[:-1], (0, missing)).view(batch, length)  # (B, length)
     y = F.pad(ids[1:], (0, missing), value=-100).view(batch, length)  # -100: costs nothing
-    with evaluating(model):
-        start = zeros = model.init_state(batch)
-        for _ in range(batch):
-            total, end = 0.0, start
-            for xk, yk in zip(x.split(context, dim=1), y.split(context, dim=1)):
+    start = zeros = model.init_state(batch)
+    for _ in range(batch):
+        total, end = 0.0, start
+        for xk, yk in zip(x.split(context, dim=1), y.split(context, dim=1)):
+            with evaluating(model):
                 logits, end = model(xk, end)
-                total += float(cross_entropy(logits, yk, reduction="sum"))
-            if not math.isfinite(total):
-                raise FloatingPointError(f"the loss is {total}: are the model's weights finite?")
-            # The first piece starts from zeros, each other one where the one before has ended.
-            before, start = start, map_state(lambda z, s: torch.cat((z[:, :1], s[:, :-1]), 1),
-                                             zeros, end)
-            change = map_state(lambda s, t: (s - t).abs().max() - 1e-5 * t.abs().max(),
-                               start, before)
-            if max(change if isinstance(change, tuple) else [change]) <= 0:
-                break
-    return total / predictions
+            total += float(cross_entropy(logits, yk, reduction="sum"))
+        if not math.isfinite(total):
+            raise FloatingPointError(f"the loss is {total}: are all weights finite?")
+        # The first piece starts from zeros, each other one where the one before has ended.
+        last, start = start, map_state(lambda z, s: torch.cat((z[:, :1], s[:, :-1]), 1), zeros, end)
+        same = map_state(lambda s, t: (s - t).abs().max() <= 1e-5 * t.abs().max(), start, last)
+        if all(same if isinstance(same, tuple) else [same]):
+            break
+    return total / (len(ids) - 1)
 
 
 def perplexity(model, ids, batch=64):
-    """exp(loss): the model is as uncertain as one that has to choose from so many symbols, all
-    equally likely. As exact as `evaluate`; infinite above a loss of 709."""
+    """exp(loss): as uncertain as a choice among so many symbols, all equally likely."""
     return torch.tensor(evaluate(model, ids, batch), dtype=torch.float64).exp().item()
 
 
-# ----------------------------------------------------------------------------------------------
-# Sampling
+# ---- Sampling --------------------------------------------------------------------------------
 
 
+@torch.inference_mode()
 def generate(model, vocab, prompt="", length=500, temperature=1.0, top_k=None, seed=None):
-    """Yields `length` symbols that continue the prompt, one after the other.
-
-    The prompt warms the state up; an empty one stands for a new line, or symbol 0. temperature:
-    logits are divided by it; 0 always takes the likeliest symbol. top_k: draw from the k likeliest.
-    Raises ValueError for bad values and for symbols of the prompt that the vocabulary lacks,
-    FloatingPointError if the logits are not finite."""
+    """Yields `length` symbols that continue the prompt, which warms the state up; without a prompt
+    they continue a new line, or symbol 0. temperature: logits are divided by it; 0 always takes the
+    likeliest symbol. top_k: draw from the k likeliest. Raises ValueError for bad values and for
+    symbols that the vocabulary lacks, FloatingPointError if the logits are not finite."""
     if not 0 <= temperature < math.inf or length < 0 or (top_k is not None and top_k < 1):
         raise ValueError("temperature must be 0 or more and finite, length 0 or more, top_k at "
                          f"least 1; got {temperature=}, {length=}, {top_k=}")
+    model = copy.deepcopy(getattr(model, "_orig_mod", model)).eval()  # the caller's stays as it is
     device, state = model.output.weight.device, None
     random = torch.Generator()  # on the CPU: the same draw on every device
     random.seed() if seed is None else random.manual_seed(seed)
     ids = vocab.encode(prompt) if prompt else torch.tensor([vocab.index.get("\n", 0)])
     for _ in range(length):
-        with evaluating(model):
-            logits, state = model(ids[None].to(device), state)  # (1, T, V)
+        logits, state = model(ids[None].to(device), state)  # (1, T, V)
         scores = logits[0, -1].cpu().double()  # (V,)
         if not scores.isfinite().all():
-            raise FloatingPointError("the logits are not finite: are the model's weights finite?")
+            raise FloatingPointError("the logits are not finite: are all weights?")
         if top_k is not None and top_k < len(scores):
             scores[scores < scores.topk(top_k).values[-1]] = -math.inf
         if temperature == 0:
@@ -744,26 +668,22 @@ def generate(model, vocab, prompt="", length=500, temperature=1.0, top_k=None, s
         yield vocab.symbols[ids]
 
 
-# ----------------------------------------------------------------------------------------------
-# Checkpoints
+# ---- Checkpoints -----------------------------------------------------------------------------
 
 
 def save(path, model, vocab, **training):
-    """Write a checkpoint: one file with a CharLM's config and weights, the vocabulary, and whatever
-    else training needs to resume. It is written under another name, read back and renamed, so an
-    earlier checkpoint is only replaced by one that `load` can read. A compiled model is saved as
-    the model it wraps. Raises OSError naming the path if it cannot be written, TypeError for
-    another model, ValueError for what cannot be read back."""
-    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    """Write a CharLM, its vocabulary, and whatever else training needs to resume. The file is
+    written under another name, read back, then renamed: only what `load` can read replaces an
+    earlier checkpoint. Raises OSError that names the path, or load's ValueError."""
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     if type(model) is not CharLM:
         raise TypeError(f"save and load know CharLM, got {type(model).__name__}")
     path = os.path.realpath(path)  # a symbolic link stays one
     partial = f"{path}.{os.getpid()}.partial"
+    content = {"config": model.config, "weights": model.state_dict(), "symbols": vocab.symbols,
+               "training": training}
     try:
-        with open(partial, "wb") as file:
-            torch.save({"config": model.config, "weights": model.state_dict(),
-                        "symbols": vocab.symbols, "training": training}, file)
-            os.fsync(file.fileno())
+        torch.save(content, partial)
         load(partial)
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:
@@ -774,15 +694,15 @@ def save(path, model, vocab, **training):
 
 
 def load(path, device="cpu"):
-    """Read a checkpoint: the model, on any device, the vocabulary, and the dict of training's
-    values. Nothing in the file is run. Raises OSError if it cannot be read, ValueError if it is
+    """Read a checkpoint: the model, the vocabulary, and the dict of what else training saved.
+    Nothing in the file is executed. Raises OSError if it cannot be read, ValueError if it is
     damaged, be it by a single bit, or not a checkpoint of this file."""
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load compares no checksums
-            if archive.testzip():
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():  # torch.load compares no checksums
                 raise ValueError("a part of it is not what was written")
         content = torch.load(path, map_location="cpu", weights_only=True)
-        with torch.device("meta"):  # no memory and no random numbers: the weights are in the file
+        with torch.device("meta"):  # no memory, no random numbers: the weights are in the file
             model = CharLM(**content["config"])
         model.load_state_dict(content["weights"], assign=True)
         if model.config["tie"]:

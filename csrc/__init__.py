@@ -81,7 +81,7 @@ def _register_shapes():
 def type_of(x):
     """x's own, or the one that autocast wants; like torch's own it leaves float64 alone."""
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if device in TYPES and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return x.dtype
 
@@ -94,16 +94,18 @@ def autocast(inputs):
     return [t.to(type_of(t)) for t in inputs]
 
 
-def can_run(x):
-    """Whether the operators serve this input now. Not inside torch.func's transforms (vmap, grad,
-    jvp) and forward mode, which they know nothing about; nor while torch.export, torch.jit.trace or
-    make_fx record what runs: what they record should run without this library, and with a batch
-    size that may change."""
-    device = x.device.type
-    return (device in TYPES and (device == "cpu" or has_cuda) and type_of(x) in TYPES[device]
+def can_run(x, sizes, state, p):
+    """Whether the operators serve this input now, as `lstm` takes it. All tensors must be of one
+    type and on one device: torch's own errors name what is wrong with others. Not inside torch.func's
+    transforms (vmap, grad, jvp) and forward mode, which they know nothing about; nor while
+    torch.export, torch.jit.trace or make_fx record what runs: what they record should run without
+    this library, and with a batch size that may change."""
+    device, dtype = x.device.type, type_of(x)
+    return (device in TYPES and (device == "cpu" or has_cuda) and dtype in TYPES[device]
+            and all((type_of(t), t.device) == (dtype, x.device) for t in (*state, p.weight_hh))
             and not torch._C._are_functorch_transforms_active()
             and torch.autograd.forward_ad._current_level < 0
-            and not recorded())
+            and not recorded() and pays_off(x, sizes))
 
 
 def recorded():
@@ -117,23 +119,33 @@ def pays_off(x, sizes):
     """Not for a single step, for which the kernels would first copy the weights into an order of
     their own, which takes longer. Unless it is one of inference: up to 8 rows read the weights
     where they are. Many rows of bfloat16 are worth the copy."""
-    rows = sizes[0]
-    return (len(sizes) > 1 or x.device.type != "cpu" or rows <= 8 and not torch.is_grad_enabled()
-            or rows >= 32 and type_of(x) == torch.bfloat16)
+    T, B = x.shape[:2] if sizes is None else (len(sizes), sizes[0])
+    return (T > 1 or x.device.type != "cpu" or B <= 8 and not torch.is_grad_enabled()
+            or B >= 32 and type_of(x) == torch.bfloat16)
 
 
-def lstm(x, h0, c0, w_ih, bias, w_hh, sizes, reverse, plain):
-    """One direction of one layer: x (N, I), h0 and c0 (B, H), w_ih (4H, I), bias (4H), w_hh (4H, H)
-    -> h after every row's step, (N, H), and the state at the end, a tuple of (B, H). `plain`
-    computes h and c, (N, H), from the first eight arguments with torch's own operators."""
-    inputs = (x, h0, c0, w_ih, bias, w_hh)
+def lstm(x, sizes, state, p, reverse, direction):
+    """One direction of one layer: x (T, B, I), or packed (N, I) with the number of rows at each
+    step; state h0 and c0 (B, H); p has the parameters. Returns every h, (T, B, H) or (N, H), and
+    the final state. `direction` computes the same with torch's own operators."""
+    shape = x.shape[:-1]
+    if sizes is None:
+        x, sizes = x.flatten(0, 1), [x.shape[1]] * x.shape[0]
+
+    def plain(x, h0, c0, w_ih, bias, w_hh, sizes, reverse):
+        own = type(p)(weight_ih=w_ih, bias_ih=bias, weight_hh=w_hh)
+        computed, _ = direction(x, sizes, (h0, c0), own, reverse, keep=True)
+        return computed["h"], computed["c"]
+
+    bias = p.weight_hh.new_zeros(len(p.weight_hh)) if p.bias_ih is None else p.bias_ih + p.bias_hh
+    inputs = (x, *state, p.weight_ih, bias, p.weight_hh)
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
         h, c = FusedLSTM.apply(*inputs, sizes, reverse, plain)
         end = rows_at_the_end(c, sizes, reverse)
     else:
         x, h0, c0, w_ih, bias, w_hh = autocast(inputs)
         h, end, _ = torch.ops.rnn.lstm_forward(x, w_ih, bias, h0, c0, w_hh, sizes, reverse, False)
-    return h, (rows_at_the_end(h, sizes, reverse), end)
+    return h.view(*shape, h.shape[-1]), (rows_at_the_end(h, sizes, reverse), end)
 
 
 # ---- Derivatives ----
