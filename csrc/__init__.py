@@ -96,10 +96,10 @@ def autocast(inputs):
 
 def can_run(x, sizes, state, p):
     """Whether the operators serve this input now, as `lstm` takes it. All tensors must be of one
-    type and on one device: torch's own errors name what is wrong with others. Not inside torch.func's
-    transforms (vmap, grad, jvp) and forward mode, which they know nothing about; nor while
-    torch.export, torch.jit.trace or make_fx record what runs: what they record should run without
-    this library, and with a batch size that may change."""
+    type and on one device: torch's own errors name what is wrong with others. Not inside
+    torch.func's transforms (vmap, grad, jvp) and forward mode, which they know nothing about; nor
+    while torch.export, torch.jit.trace or make_fx record what runs: what they record should run
+    without this library, and with a batch size that may change."""
     device, dtype = x.device.type, type_of(x)
     return (device in TYPES and (device == "cpu" or has_cuda) and dtype in TYPES[device]
             and all((type_of(t), t.device) == (dtype, x.device) for t in (*state, p.weight_hh))

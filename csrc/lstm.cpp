@@ -178,6 +178,7 @@ Three forward(const at::Tensor& x, const at::Tensor& w_ih, const at::Tensor& bia
               const at::Tensor& h0, const at::Tensor& c0, const at::Tensor& w_hh,
               at::IntArrayRef sizes, bool reverse, bool save) {
   check_forward(x, w_ih, bias, h0, c0, w_hh, sizes);
+  const NoAutocast here;
   if constexpr (kHasFast)
     if (kernel() != Kernel::simple)
       return forward_fast(x, w_ih, bias, h0, c0, w_hh, sizes, reverse, save);
@@ -188,6 +189,7 @@ Four backward(const at::Tensor& dh, const std::optional<at::Tensor>& dc, const a
               const at::Tensor& c, const at::Tensor& c0, const std::optional<at::Tensor>& w_ih,
               const at::Tensor& w_hh, at::IntArrayRef sizes, bool reverse) {
   check_backward(dh, dc, gates, c, c0, w_ih, w_hh, sizes);
+  const NoAutocast here;
   if constexpr (kHasFast)
     if (kernel() != Kernel::simple)
       return backward_fast(dh, dc, gates, c, c0, w_ih, w_hh, sizes, reverse);
@@ -203,6 +205,7 @@ Three weight_gradients(const at::Tensor& da, const at::Tensor& x, const at::Tens
   check("da", da, da, {N, 4 * H}), check("x", x, da, {N, I});
   check("h", h, da, {N, H}), check("h0", h0, da, {B, H});
   check_sizes(sizes, B, N);
+  const NoAutocast here;
   if constexpr (kHasFast)
     if (kernel() != Kernel::simple) return weight_gradients_fast(da, x, h, h0, sizes, reverse);
   return weight_gradients_simple(da, x, h, h0, sizes, reverse);

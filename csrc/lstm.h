@@ -99,6 +99,12 @@ void check_backward(const at::Tensor& dh, const std::optional<at::Tensor>& dc,
                     const std::optional<at::Tensor>& w_ih, const at::Tensor& w_hh,
                     at::IntArrayRef sizes);
 
+// While this lives, torch's products keep the types that they are given: autocast has done its part
+// before the operators are called, and would cast what they compute in float32 again.
+struct NoAutocast {
+  c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
+};
+
 // By torch's product.
 inline at::Tensor find_dx(const at::Tensor& da, const std::optional<at::Tensor>& w_ih) {
   return w_ih ? at::mm(da, *w_ih) : at::empty({da.size(0), 0}, da.options());

@@ -123,6 +123,7 @@ Three forward_cuda(const at::Tensor& x, const at::Tensor& w_ih, const at::Tensor
                    const at::Tensor& h0, const at::Tensor& c0, const at::Tensor& w_hh,
                    at::IntArrayRef sizes, bool reverse, bool save) {
   check_forward(x, w_ih, bias, h0, c0, w_hh, sizes);
+  const NoAutocast here;
   const int64_t N = x.size(0), B = h0.size(0), H = h0.size(1);
   const c10::cuda::CUDAGuard guard(w_hh.device());
   const auto like = w_hh.options();
@@ -154,6 +155,7 @@ Four backward_cuda(const at::Tensor& dh, const std::optional<at::Tensor>& dc,
                    const std::optional<at::Tensor>& w_ih, const at::Tensor& w_hh,
                    at::IntArrayRef sizes, bool reverse) {
   check_backward(dh, dc, gates, c, c0, w_ih, w_hh, sizes);
+  const NoAutocast here;
   const int64_t N = gates.size(0), B = c0.size(0), H = c0.size(1);
   const c10::cuda::CUDAGuard guard(w_hh.device());
   const auto like = w_hh.options();

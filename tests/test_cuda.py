@@ -160,14 +160,15 @@ def test_autocast_casts_the_inputs(gpu, dtype):
             assert double(x.double())[0].dtype == torch.float64
 
 
-def test_the_layer_takes_it(gpu):
-    layer = rnn.LSTM(5, 40).cuda()
-    assert rnn.fused.can_run(torch.zeros(1, device="cuda"))
+def test_the_layer_takes_it(gpu, monkeypatch):
+    layer, calls, run = rnn.LSTM(5, 40).cuda(), [], rnn.fused.lstm
+    monkeypatch.setattr(rnn.fused, "lstm", lambda *inputs: calls.append(1) or run(*inputs))
     x = torch.randn(6, 3, 5, device="cuda")
     theirs = nn.LSTM(5, 40).double()
     theirs.load_state_dict(layer.state_dict())
     expected = theirs(x.cpu().double())[0].float()
     torch.testing.assert_close(layer(x)[0].cpu(), expected, rtol=0, atol=2e-6)
+    assert calls
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x)[0], layer(x)[0])
 
