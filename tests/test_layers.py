@@ -1,8 +1,5 @@
-"""The layers and cells against torch.nn in float64, and what torch.nn cannot do."""
+"""The layers and cells against torch.nn in float64: results, gradients, arguments and errors."""
 
-import copy
-import io
-import pickle
 import sys
 import types
 import unittest
@@ -10,7 +7,6 @@ import warnings
 
 import pytest
 import torch
-from cells import ClearLSTM, LayerNormLSTM, PeepholeLSTM
 from conftest import KINDS
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
@@ -24,8 +20,6 @@ from torch.testing._internal import common_modules  # noqa: E402
 I, H, B, T = 4, 5, 3, 6
 LENGTHS = [6, 2, 4]  # of the packed sequences
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}  # float64 has 16 digits; a few are lost to summation order
-
-pytestmark = pytest.mark.usefixtures("path")  # everything twice: plain and fused
 
 
 def pair(kind, layers=1, dtype=torch.float64, **options):
@@ -57,7 +51,7 @@ def state_for(layer, layout, dtype=torch.float64):
     shapes = [(rows, width) if layout == "unbatched" else (rows, B, width)
               for width in (layer.proj_size or H, H)]
     state = tuple(torch.randn(s, dtype=dtype, requires_grad=True) for s in shapes)
-    return state if isinstance(layer, (nn.LSTM, rnn.LSTM)) else state[0]
+    return state if layer.mode == "LSTM" else state[0]
 
 
 def flat(value):
@@ -76,6 +70,9 @@ def gradients(result, leaves):
     return torch.autograd.grad(loss, leaves)
 
 
+# ---- The same results ----
+
+
 @pytest.mark.parametrize("given", [False, True], ids=["zeros", "hx"])
 @pytest.mark.parametrize("layout", ["batched", "unbatched", "packed_sorted", "packed_unsorted"])
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["one", "both"])
@@ -83,7 +80,7 @@ def gradients(result, leaves):
 @pytest.mark.parametrize("bias", [False, True], ids=["no_bias", "bias"])
 @pytest.mark.parametrize("layers", [1, 2, 3])
 @pytest.mark.parametrize("kind", KINDS)
-def test_drop_in(kind, layers, bias, batch_first, bidirectional, layout, given):
+def test_drop_in(path, kind, layers, bias, batch_first, bidirectional, layout, given):
     """Same seed, same parameters bit for bit; outputs, state and every gradient agree."""
     theirs, ours = pair(kind, layers, bias=bias, batch_first=batch_first,
                         bidirectional=bidirectional)
@@ -108,7 +105,7 @@ def test_drop_in(kind, layers, bias, batch_first, bidirectional, layout, given):
 
 
 @pytest.mark.parametrize("kind", ["rnn_tanh", "gru", "lstm"])
-def test_dropout_between_layers_is_torchs(kind):
+def test_dropout_between_layers_is_torchs(path, kind):
     theirs, ours = pair(kind, 3, dropout=0.4)
     results = []
     for layer in (theirs, ours):
@@ -122,7 +119,7 @@ def test_dropout_between_layers_is_torchs(kind):
 @pytest.mark.parametrize("cell,more", [("RNNCell", {}), ("RNNCell", {"nonlinearity": "relu"}),
                                        ("LSTMCell", {}), ("GRUCell", {})])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("shape", [(), (B,)], ids=["unbatched", "batched"])
+@pytest.mark.parametrize("shape", [(), (B,), (0,)], ids=["unbatched", "batched", "empty"])
 @pytest.mark.parametrize("given", [False, True], ids=["zeros", "hx"])
 def test_cells_are_drop_ins(cell, more, bias, shape, given):
     results = []
@@ -146,7 +143,7 @@ SAMPLES = [info for info in common_modules.module_db if info.name.removeprefix("
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("info", SAMPLES, ids=lambda info: info.name)
-def test_torchs_own_samples(info, training):
+def test_torchs_own_samples(path, info, training):
     """torch's module tests call a layer unbatched and compare it with itself batched."""
     module = MODULES[info.name.removeprefix("nn.")]
     samples = info.module_inputs_func(info, "cpu", torch.float64, True, training)
@@ -161,9 +158,25 @@ def test_torchs_own_samples(info, training):
         assert all(p.grad is not None for p in layer.parameters())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_empty_batch(path, kind):
+    theirs, ours = pair(kind, 2, bidirectional=True)
+    x = torch.zeros(T, 0, I, dtype=torch.float64)
+    assert [t.shape for t in flat(ours(x))] == [t.shape for t in flat(theirs(x))]
+
+
+# ---- The same arguments, attributes and errors ----
+
+
+def error_of(call):
+    with pytest.raises(Exception) as caught:  # noqa: B017 - which one is what is compared
+        call()
+    return caught.value
+
+
 @pytest.mark.parametrize("info", [i for i in SAMPLES if i.module_error_inputs_func],
                          ids=lambda info: info.name)
-def test_torchs_own_error_samples(info):
+def test_torchs_own_error_samples(path, info):
     module = MODULES[info.name.removeprefix("nn.")]
     samples = info.module_error_inputs_func(info, "cpu", torch.float64, False, True)
     assert samples
@@ -172,115 +185,148 @@ def test_torchs_own_error_samples(info):
                       sample.module_error_input.forward_input)
         dtype = {} if "dtype" in make.kwargs else {"dtype": torch.float64}
         if sample.error_on is common_modules.ModuleErrorEnum.CONSTRUCTION_ERROR:
-            with pytest.raises(sample.error_type):
-                module(*make.args, **make.kwargs, **dtype)
+            error = error_of(lambda: module(*make.args, **make.kwargs, **dtype))
         else:
             layer = module(*make.args, **make.kwargs, **dtype)
-            with pytest.raises(sample.error_type):
-                layer(*call.args, **call.kwargs)
+            error = error_of(lambda: layer(*call.args, **call.kwargs))
+        assert type(error) is sample.error_type
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name,arguments,error,message", [
-    ("dropout", {"dropout": 1.5}, ValueError, r"range \[0, 1\], got 1.5"),
-    ("dropout_text", {"dropout": "much"}, ValueError, r"range \[0, 1\], got much"),
-    ("proj", {"proj_size": H}, ValueError, "proj_size"),
-    ("layers", {"num_layers": 0}, ValueError, "num_layers must be greater than zero, got 0"),
-], ids=lambda value: value if isinstance(value, str) else "")
-def test_wrong_arguments(kind, name, arguments, error, message):
-    cls, more = KINDS[kind]
-    with pytest.raises(error, match=message):
-        getattr(rnn, cls)(I, H, **{**more, **arguments})
+@pytest.mark.parametrize("arguments", [
+    {"dropout": 1.5}, {"dropout": "much"}, {"dropout": True}, {"proj_size": H},
+    {"proj_size": -1}, {"num_layers": 0}, {"num_layers": -1}, {"num_layers": 2.0}, {"bias": 1},
+    {"batch_first": None}, {"dtype": torch.int32}, {"device": "nowhere"}, {"hidden_size": 0},
+    {"input_size": 0}, {"input_size": "4"}, {"hidden_size": 2.5}, {"more": 1}], ids=str)
+def test_wrong_arguments_are_torchs_errors(kind, arguments):
+    name, more = KINDS[kind]
+    arguments = {"input_size": I, "hidden_size": H, **more, **arguments}
+    theirs, ours = (error_of(lambda: getattr(module, name)(**arguments)) for module in (nn, rnn))
+    assert type(ours) is type(theirs)
+    if type(theirs) is not TypeError:  # these name torch's own functions
+        assert str(ours) == str(theirs)
 
 
-def test_dropout_of_one_layer_warns_and_nonlinearity_is_checked():
-    with pytest.warns(UserWarning, match="num_layers greater than 1"):
-        rnn.LSTM(I, H, dropout=0.5)
-    with pytest.raises(ValueError, match="Unknown nonlinearity 'gelu'"):
-        rnn.RNN(I, H, nonlinearity="gelu")
-    with pytest.raises(ValueError, match="Unknown nonlinearity 'gelu'"):
-        rnn.RNNCell(I, H, nonlinearity="gelu")
+def test_wrong_arguments_of_cells_and_a_warning():
+    for module in (nn, rnn):
+        with pytest.warns(UserWarning, match="num_layers greater than 1"):
+            module.LSTM(I, H, dropout=0.5)
+        with pytest.raises(ValueError, match="Unknown nonlinearity 'gelu'"):
+            module.RNN(I, H, nonlinearity="gelu")
+        with pytest.raises((RuntimeError, ValueError, KeyError), match="gelu"):
+            module.RNNCell(I, H, nonlinearity="gelu")(torch.zeros(I))
+        for cell in ("LSTMCell", "GRUCell", "RNNCell"):
+            for name in ("num_layers", "bidirectional", "proj_size"):
+                with pytest.raises(TypeError, match=name):
+                    getattr(module, cell)(I, H, **{name: 2})
 
 
-LSTM_STATE = (torch.zeros(1, B, H), torch.zeros(1, B, H))
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_are_torchs_rnnbase_with_its_attributes(kind):
+    theirs, ours = pair(kind, 2, bias=False, batch_first=True, dropout=0.25, bidirectional=True)
+    assert isinstance(ours, nn.RNNBase)
+    for name in ("mode", "input_size", "hidden_size", "num_layers", "bias", "batch_first",
+                 "dropout", "bidirectional", "proj_size", "_all_weights", "_flat_weights_names"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert getattr(ours, "nonlinearity", None) == getattr(theirs, "nonlinearity", None)
+    assert ours.flatten_parameters() is None
+    for place in ([2], [2, "relu"])[name == "RNN"], [True]:  # by position; a bool is an int
+        name = KINDS[kind][0]
+        assert repr(getattr(rnn, name)(I, H, *place)) == repr(getattr(nn, name)(I, H, *place))
+    for cell in ("RNNCell", "LSTMCell", "GRUCell"):
+        assert isinstance(getattr(rnn, cell)(I, H), getattr(nn, cell))
 
 
-@pytest.mark.parametrize("input,hx,error,message", [
-    (torch.zeros(I), None, ValueError, "2D or 3D, got 1D"),
-    (torch.zeros(T, B, I + 1), None, RuntimeError, rf"input.size\(-1\) {I}.*, got {I + 1}"),
-    (torch.zeros(0, B, I), None, RuntimeError, "sequence length to be larger than 0"),
-    (torch.zeros(T, B, I).double(), None, ValueError, r"float64\) does not match weight dtype"),
-    (torch.zeros(T, B, I, device="meta"), None, RuntimeError, "on cpu, got .* on meta"),
-    (torch.zeros(T, B, I), torch.zeros(1, B, H), TypeError, r"tuple \(h, c\)"),
-    (torch.zeros(T, B, I), LSTM_STATE[:1], TypeError, r"tuple \(h, c\)"),
-    (torch.zeros(T, B, I), (LSTM_STATE[0], torch.zeros(2, B, H)), RuntimeError,
-     r"hidden\[1\] size \(1, 3, 5\).*got \[2, 3, 5\]"),
-    (torch.zeros(T, B, I), (torch.zeros(1, B + 1, H),) * 2, RuntimeError, r"got \[1, 4, 5\]"),
-    (torch.zeros(T, I), LSTM_STATE, RuntimeError, r"size \(1, 5\).*got \[1, 3, 5\]"),
-    (torch.zeros(T, B, I), (LSTM_STATE[0].double(),) * 2, RuntimeError, "got .*float64"),
-    (torch.zeros(T, B, I), (LSTM_STATE[0].to("meta"),) * 2, RuntimeError, "got .*on meta"),
+WRONG = {  # an input (T, B, I) or a state (1, B, H) changed so that nobody can read it
+    "0D": lambda x, h: (x[0, 0, 0], None),
+    "1D": lambda x, h: (x[0, 0], None),
+    "4D": lambda x, h: (x[None], None),
+    "features": lambda x, h: (torch.zeros(T, B, I + 1), None),
+    "no_steps": lambda x, h: (x[:0], None),
+    "no_steps_unbatched": lambda x, h: (x[:0, 0], None),
+    "double": lambda x, h: (x.double(), None),
+    "int": lambda x, h: (x.long(), None),
+    "meta": lambda x, h: (x.to("meta"), None),
+    "sparse": lambda x, h: (x.to_sparse(), None),
+    "list": lambda x, h: (x.tolist(), None),
+    "nothing": lambda x, h: (None, None),
+    "hx_rows": lambda x, h: (x, torch.cat((h, h))),
+    "hx_batch": lambda x, h: (x, torch.cat((h, h), 1)),
+    "hx_batch_of_one": lambda x, h: (x, h[:, :1]),
+    "hx_width": lambda x, h: (x, torch.cat((h, h), 2)),
+    "hx_unbatched": lambda x, h: (x, h[:, 0]),
+    "hx_batched": lambda x, h: (x[:, 0], h),
+    "hx_4D": lambda x, h: (x, h[None]),
+    "hx_double": lambda x, h: (x, h.double()),
+    "hx_bfloat16": lambda x, h: (x, h.bfloat16()),
+    "hx_int": lambda x, h: (x, h.long()),
+    "hx_meta": lambda x, h: (x, h.to("meta")),
+    "hx_str": lambda x, h: (x, "zeros"),
+    "packed_features": lambda x, h: (packed(torch.zeros(T, B, I + 1)), None),
+    "packed_hx_batch_of_one": lambda x, h: (packed(x), h[:, :1]),
+    "packed_hx_width": lambda x, h: (packed(x), torch.cat((h, h), 2)),
+    "packed_hx_double": lambda x, h: (packed(x), h.double()),
+    "packed_missing_rows": lambda x, h: (packed(x)._replace(data=x[0]), None),
+    "packed_growing": lambda x, h: (PackedSequence(x.flatten(0, 1)[:6], torch.tensor([1, 2, 3])),
+                                    None),
+    "packed_nothing": lambda x, h: (PackedSequence(x[0, :0], torch.tensor([]).long()), None),
+}
+
+
+def packed(x):
+    return pack_padded_sequence(x, LENGTHS, enforce_sorted=False)
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("kind", ["rnn_tanh", "gru", "lstm", "lstm_proj"])
+def test_wrong_input_is_an_error_of_torchs_type(path, kind, wrong):
+    errors = []
+    for layer in pair(kind, dtype=torch.float32):
+        input, hx = WRONG[wrong](torch.randn(T, B, I), torch.zeros(1, B, layer.proj_size or H))
+        if isinstance(hx, torch.Tensor) and layer.mode == "LSTM":
+            c = torch.zeros(*hx.shape[:-1], H, dtype=hx.dtype, device=hx.device)
+            hx = (hx, c)
+        errors.append(error_of(lambda: layer(input, hx)))
+    assert type(errors[1]) is type(errors[0])
+
+
+@pytest.mark.parametrize("wrong,message", [
+    ((torch.zeros(I), None), "2D or 3D, got 1D"),
+    ((torch.zeros(T, B, I + 1), None), f"Expected {I}, got {I + 1}"),
+    ((torch.zeros(T, B, I).double(), None), "float64.* does not match weight dtype .*float32"),
+    ((torch.zeros(T, B, I), torch.zeros(1, B, H)), "Expected hidden"),
+    ((torch.zeros(T, B, I), (torch.zeros(1, B, H), torch.zeros(2, B, H))),
+     r"hidden\[1\] size \(1, 3, 5\), got \[2, 3, 5\]"),
+    ((torch.zeros(T, B, I), (torch.zeros(1, B + 1, H),) * 2), r"\(1, 3, 5\), got \[1, 4, 5\]"),
 ])
-def test_wrong_input(input, hx, error, message):
-    with pytest.raises(error, match=message):
-        rnn.LSTM(I, H)(input, hx)
-    if hx is None:
-        with pytest.raises(error, match=message):
-            rnn.GRU(I, H)(input)
+def test_errors_name_what_was_expected(wrong, message):
+    error = error_of(lambda: rnn.LSTM(I, H)(*wrong))
+    assert isinstance(error, ValueError | RuntimeError)
+    pytest.raises(type(error), rnn.LSTM(I, H), *wrong).match(message)
 
 
-@pytest.mark.parametrize("shape", [(B, I), (I,)], ids=str)
-def test_trace_of_a_cell(shape):
-    cell, x = rnn.LSTMCell(I, H), torch.randn(shape)
-    _, (h, c), (trace,) = cell.trace(x)
-    assert list(trace) == ["h", "c", "i", "f", "g", "o"]
-    assert torch.equal(trace["h"], h) and torch.equal(trace["c"], c) and h.shape == (*shape[:-1], H)
+@pytest.mark.parametrize("cell", ["RNNCell", "LSTMCell", "GRUCell"])
+@pytest.mark.parametrize("x,h", [((2, B, I), None), ((), None), ((B, I + 1), None),
+                                 ((B, I), (1, H)), ((B, I), (B + 1, H)), ((B, I), (B, H + 1)),
+                                 ((B, I), (1, B, H)), ((I,), (H + 1,)), ((B, I), (H,))], ids=str)
+def test_wrong_input_of_a_cell_is_an_error_of_torchs_type(cell, x, h):
+    errors = []
+    for module in (nn, rnn):
+        hx = None if h is None else (torch.zeros(h),) * 2
+        hx = hx if cell == "LSTMCell" or h is None else hx[0]
+        errors.append(error_of(lambda: getattr(module, cell)(I, H)(torch.zeros(x), hx)))
+    assert type(errors[1]) is type(errors[0])
 
 
-@pytest.mark.parametrize("cell", ["LSTMCell", "GRUCell", "RNNCell"])
-def test_cells_take_no_other_arguments(cell):
-    for name in ("num_layers", "bidirectional", "proj_size"):
-        with pytest.raises(TypeError, match=name):
-            getattr(rnn, cell)(I, H, **{name: 2})
-
-
-def test_gru_takes_a_tensor_as_state():
-    with pytest.raises(TypeError, match="GRU: Expected hx to be a tensor"):
-        rnn.GRU(I, H)(torch.zeros(T, B, I), LSTM_STATE)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_empty_batch(kind):
-    theirs, ours = pair(kind, 2, bidirectional=True)
-    x = torch.zeros(T, 0, I, dtype=torch.float64)
-    assert [t.shape for t in flat(ours(x))] == [t.shape for t in flat(theirs(x))]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_copies_pickles_and_moves(kind):
-    _, layer = pair(kind, 2, bidirectional=True)
-    x, _ = inputs("batched", False)
-    expected = layer(x)[0]
-    buffer = io.BytesIO()
-    torch.save(layer, buffer)
-    buffer.seek(0)
-    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)),
-                  torch.load(buffer, weights_only=False)):
-        assert torch.equal(other(x)[0], expected)
-    assert layer.flatten_parameters() is None
-    assert layer.to(torch.float32)(x.float())[0].dtype == torch.float32
-    layer.weight_ih_l0 = nn.Parameter(torch.zeros_like(layer.weight_ih_l0))
-    assert not torch.allclose(layer(x.float())[0], expected.float())  # the new weights are used
+# ---- What holds for the layers by themselves ----
 
 
 ALL_LAYERS = [pytest.param(getattr(rnn, cls), more, id=kind)
               for kind, (cls, more) in KINDS.items()]
-ALL_LAYERS += [pytest.param(rnn.OriginalGRU, {}, id="original_gru")]
-ALL_LAYERS += [pytest.param(cls, more, id=f"{cls.__name__}{'_proj' if more else ''}")
-               for cls in (PeepholeLSTM, LayerNormLSTM) for more in ({}, {"proj_size": 3})]
 
 
 @pytest.mark.parametrize("cls,more", ALL_LAYERS)
-def test_splitting_a_sequence_changes_nothing(cls, more):
+def test_splitting_a_sequence_changes_nothing(path, cls, more):
     layer = cls(I, H, 2, dtype=torch.float64, **more)
     x = torch.randn(T, B, I, dtype=torch.float64)
     whole, end = layer(x)
@@ -291,11 +337,11 @@ def test_splitting_a_sequence_changes_nothing(cls, more):
 
 
 @pytest.mark.parametrize("cls,more", ALL_LAYERS)
-def test_packed_equals_one_by_one(cls, more):
+def test_packed_equals_one_by_one(path, cls, more):
     layer = cls(I, H, 2, bidirectional=True, dtype=torch.float64, **more)
     x = torch.randn(T, B, I, dtype=torch.float64)
-    packed, state = layer(pack_padded_sequence(x, LENGTHS, enforce_sorted=False))
-    output, lengths = pad_packed_sequence(packed)
+    result, state = layer(packed(x))
+    output, lengths = pad_packed_sequence(result)
     for b, n in enumerate(lengths):
         alone, alone_state = layer(x[:n, b])
         torch.testing.assert_close(output[:n, b], alone, **TIGHT)
@@ -304,7 +350,7 @@ def test_packed_equals_one_by_one(cls, more):
 
 @pytest.mark.parametrize("cls,more", ALL_LAYERS)
 @pytest.mark.parametrize("layout", ["batched", "packed_unsorted"])
-def test_first_and_second_derivatives(cls, more, layout):
+def test_first_and_second_derivatives(path, cls, more, layout):
     """nn.LSTM has no second derivative on the GPU, and none through oneDNN."""
     layer = cls(2, 3, bidirectional=True, dtype=torch.float64,
                 **{name: 2 if name == "proj_size" else value for name, value in more.items()})
@@ -321,21 +367,8 @@ def test_first_and_second_derivatives(cls, more, layout):
         assert torch.autograd.gradgradcheck(run, (x, *weights.values()))
 
 
-def test_original_gru_is_the_paper_s():
-    """Cho et al. 2014, written out once more for a single unit."""
-    cell = rnn.OriginalGRU(1, 1, dtype=torch.float64)
-    (wr, wz, wn), (ur, uz, un) = cell.weight_ih_l0.flatten(), cell.weight_hh_l0.flatten()
-    br, bz, bn = cell.bias_ih_l0 + cell.bias_hh_l0
-    h = torch.zeros((), dtype=torch.float64)
-    x = torch.randn(T, dtype=torch.float64)
-    for t in range(T):
-        r, z = torch.sigmoid(wr * x[t] + ur * h + br), torch.sigmoid(wz * x[t] + uz * h + bz)
-        h = (1 - z) * torch.tanh(wn * x[t] + un * (r * h) + bn) + z * h
-    torch.testing.assert_close(cell(x[:, None])[1].squeeze(), h, **TIGHT)
-
-
 @pytest.mark.parametrize("layout", ["batched", "unbatched", "packed_unsorted"])
-def test_trace_shows_every_state_and_gate(layout):
+def test_trace_shows_every_state_and_gate(path, layout):
     layer = rnn.LSTM(I, H, 2, batch_first=True, bidirectional=True, dtype=torch.float64)
     input, x = inputs(layout, True)
     output, (h, c), traces = layer.trace(input)
@@ -351,66 +384,14 @@ def test_trace_shows_every_state_and_gate(layout):
     assert torch.autograd.grad(sum(flat(traces[0]["f"])).sum(), x)[0].abs().sum() > 0
 
 
-def with_weights_of(layer, other):
-    """The same values where both have a parameter; returns layer."""
-    layer.load_state_dict(other.state_dict(), strict=False)
-    return layer
-
-
-@pytest.mark.parametrize("options", [{}, {"bias": False}, {"proj_size": 3}], ids=str)
-@pytest.mark.parametrize("layout", ["batched", "unbatched", "packed_unsorted"])
-def test_four_products_equal_one(options, layout):
-    theirs = nn.LSTM(I, H, 2, bidirectional=True, dtype=torch.float64, **options)
-    clear = ClearLSTM(I, H, 2, bidirectional=True, dtype=torch.float64, **options)
-    x, _ = inputs(layout, False)
-    torch.testing.assert_close(flat(with_weights_of(clear, theirs)(x)), flat(theirs(x)), **TIGHT)
-
-
-def test_a_peephole_that_sees_nothing_is_an_lstm():
-    options = dict(bidirectional=True, proj_size=3, dtype=torch.float64)
-    layer, plain = PeepholeLSTM(I, H, 2, **options), rnn.LSTM(I, H, 2, **options)
-    with_weights_of(layer, plain)
-    for name, value in layer.named_parameters():
-        if "peep" in name:
-            nn.init.zeros_(value)
-    x, _ = inputs("packed_unsorted", False)
-    torch.testing.assert_close(flat(layer(x)), flat(plain(x)), **TIGHT)
-    nn.init.ones_(layer.weight_peep_l0)
-    assert not torch.allclose(layer(x)[0].data, plain(x)[0].data)
-
-
-def test_peephole_and_layer_norm_are_the_papers_():
-    """Gers & Schmidhuber 2000 and Ba et al. 2016, written out once more."""
-    x = torch.randn(T, I, dtype=torch.float64)
-
-    def normal(a):
-        return (a - a.mean()) / (a.var(correction=0) + 1e-5).sqrt()
-
-    peephole = PeepholeLSTM(I, H, dtype=torch.float64)
-    normed = LayerNormLSTM(I, H, dtype=torch.float64)
-    assert torch.equal(normed.norm_ih_l0, torch.ones(4 * H))  # gains begin with 1
-    for name, value in normed.named_parameters():
-        if name.startswith("norm"):
-            nn.init.normal_(value)
-    for layer in (peephole, normed):
-        h = c = torch.zeros(H, dtype=torch.float64)
-        p = {name: value.detach() for name, value in layer.named_parameters()}
-        bias = p["bias_ih_l0"] + p["bias_hh_l0"]
-        for t in range(T):
-            a, b = p["weight_ih_l0"] @ x[t], p["weight_hh_l0"] @ h
-            if layer is peephole:
-                i, f, g, o = (a + b + bias).split(H)
-                wi, wf, wo = p["weight_peep_l0"].split(H)
-                c_new = torch.sigmoid(f + wf * c) * c + torch.sigmoid(i + wi * c) * torch.tanh(g)
-                h = torch.sigmoid(o + wo * c_new) * torch.tanh(c_new)
-            else:
-                a, b = normal(a) * p["norm_ih_l0"], normal(b) * p["norm_hh_l0"]
-                i, f, g, o = (a + b + bias).split(H)
-                c_new = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-                shown = normal(c_new) * p["norm_c_l0"] + p["bias_c_l0"]
-                h = torch.sigmoid(o) * torch.tanh(shown)
-            c = c_new
-        torch.testing.assert_close(flat(layer(x)[1]), [h[None], c[None]], **TIGHT)
+@pytest.mark.parametrize("shape", [(B, I), (I,)], ids=str)
+def test_trace_of_a_cell(shape):
+    x = torch.randn(shape)
+    (h, c), trace = rnn.LSTMCell(I, H).trace(x)
+    assert list(trace) == ["h", "c", "i", "f", "g", "o"]
+    assert torch.equal(trace["h"], h) and torch.equal(trace["c"], c) and h.shape == (*shape[:-1], H)
+    h, trace = rnn.GRUCell(I, H).trace(x)
+    assert list(trace) == ["h", "r", "z", "n"] and trace["h"] is h
 
 
 def test_variational_dropout_has_one_mask_per_sequence():
@@ -421,16 +402,18 @@ def test_variational_dropout_has_one_mask_per_sequence():
     seen = []
     layer._direction = lambda x, *rest: (seen.append(x), rnn.RNN._direction(layer, x, *rest))[1]
     x = torch.rand(T, B, I, dtype=torch.float64)
-    for input, sizes in ((x, [B] * T), (pack_padded_sequence(x, LENGTHS, False, False), None)):
+    for input, sizes in ((x, None), (packed(x), packed(x).batch_sizes.tolist())):
         seen.clear()
         layer(input)
-        zero = (seen[1] == 0).split(sizes or input.batch_sizes.tolist())  # T x (B_t, 50)
+        zero = seen[1] == 0  # (T, B, 50), or packed (N, 50)
+        zero = zero.unbind() if sizes is None else zero.split(sizes)  # T x (B_t, 50)
         assert all(torch.equal(z, zero[0][:len(z)]) for z in zero)
         assert not torch.equal(zero[0][0], zero[0][1])
         kept = seen[1][seen[1] != 0].abs().max()
         assert kept <= 2 and 0.3 < zero[0].double().mean() < 0.7  # kept ones are doubled
     layer.eval()
-    plain = with_weights_of(rnn.RNN(I, 50, 2, dtype=torch.float64), layer)
+    plain = rnn.RNN(I, 50, 2, dtype=torch.float64)
+    plain.load_state_dict(layer.state_dict())
     torch.testing.assert_close(layer(x)[0], plain(x)[0], **TIGHT)
 
 
@@ -452,20 +435,7 @@ def test_initialize():
         torch.testing.assert_close(block.T @ block, torch.eye(3), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["rnn_tanh", "gru", "lstm"])
-def test_autocast_stays_close_and_has_the_types_of_torch(kind, path):
-    name, further = KINDS[kind]
-    ours, theirs = (getattr(m, name)(I, H, 2, **further) for m in (rnn, nn))
-    ours.load_state_dict(theirs.state_dict())
-    x = torch.randn(T, B, I)
-    with torch.autocast("cpu", torch.bfloat16):
-        (y, state), (y2, state2) = ours(x), theirs(x)
-    assert y.dtype == y2.dtype
-    assert [s.dtype for s in state] == [s.dtype for s in state2]
-    torch.testing.assert_close(y.float(), ours(x)[0], rtol=0, atol=0.02)  # bfloat16: 3 digits
-
-
-def test_layers_make_no_warnings():
+def test_layers_make_no_warnings(path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         rnn.LSTM(I, H, 2, dropout=0.1)(torch.zeros(T, B, I))
