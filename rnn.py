@@ -1,9 +1,8 @@
 """Recurrent networks in one file: cells, layers, a character language model, and the code that
 trains, evaluates and samples it. It needs nothing but PyTorch. Read it from top to bottom.
 
-`RNN`, `LSTM` and `GRU` are drop-in replacements for torch.nn's: same arguments, parameter names,
-initial values, shapes and results. And you can read them, look at every gate and state (`trace`),
-and plug in a cell of your own.
+`RNN`, `LSTM` and `GRU` are drop-ins for torch.nn's: same arguments, parameter names, initial values
+and results. And you can read them, `trace` every gate and state, and plug in a cell of your own.
 
 Dimensions   T  time steps (symbols in a chunk of text)    I  features that a layer reads
              B  batch (sequences side by side)             H  hidden units of a layer
@@ -28,7 +27,6 @@ Units        Loss: nats per symbol. Perplexity: exp(loss). Bits per character (b
 """
 
 import contextlib
-import copy
 import math
 import os
 import sys
@@ -40,12 +38,9 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 # ---- Cells: one step in time, as pure functions ----------------------------------------------
-#
-# A cell takes gx, the input already multiplied: W_ih x + b_ih for all gates, (B, G*H); the state,
-# a tuple, (h,) or (h, c); and p, the parameters of its layer as attributes by torch's names. It
-# returns a dict that begins with the new state, in order, followed by the gates. So a cell of your
-# own is one short function, and everything it computes can be looked at.
-
+# A cell takes gx = W_ih x + b_ih for all gates, (B, G*H); the state, a tuple (h,) or (h, c); and p,
+# the parameters of its layer by torch's names. It returns a dict: the new state, in order, then the
+# gates. So a cell of your own is one short function, and everything it computes can be looked at.
 
 def rnn_step(gx, state, p):
     """Elman 1990."""
@@ -89,7 +84,6 @@ class Parameters:
 
 # ---- The loop over time ----------------------------------------------------------------------
 
-
 def scan(step, rows, state, p, reverse=False, keep=False):
     """Run one cell over time, for sequences of any lengths.
 
@@ -98,9 +92,8 @@ def scan(step, rows, state, p, reverse=False, keep=False):
 
         rows  [a0 b0 c0], [a1 b1], [a2]          equally long sequences: T times (B, G*H)
 
-    state: a tuple of (B, H); reverse: walk from the last step to the first; keep: return all that
-    the cell computed at every step, not only h. Returns {"h": [T times (B_t, H)], ...} and the
-    final state."""
+    state: a tuple of (B, H); reverse: from the last step to the first; keep: return all that the
+    cell computed, not only h. Returns {"h": [T times (B_t, H)], ...} and the final state."""
     kept = [None] * len(rows)
     for t in reversed(range(len(rows))) if reverse else range(len(rows)):
         # Only the first `alive` sequences have a step t. The others keep their state: the last
@@ -122,16 +115,14 @@ def map_state(function, *states):
 
 
 # ---- The fused LSTM, optional ----------------------------------------------------------------
-#
-# csrc/ computes the same walk over time in C++ or CUDA, faster. The environment variable RNN_KERNEL
-# names one of its kernels (see csrc/README.md), or "plain" for none.
+# csrc/ computes the same loop in C++ or CUDA, faster. The environment variable RNN_KERNEL names one
+# of its kernels (see csrc/README.md), or "plain" for none.
 
 KERNEL = os.environ.get("RNN_KERNEL", "")
 fused = None  # csrc/__init__.py as a module, once it is loaded
 if KERNEL != "plain":
     with contextlib.suppress(ModuleNotFoundError):  # only setup.py installs this module
         import rnn_C
-
         fused = rnn_C.load(KERNEL)  # None, and a warning, if it was built for another torch or CPU
 
 
@@ -142,13 +133,11 @@ def build():
     if not fused and KERNEL != "plain":
         sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
         import csrc
-
         csrc.compile_and_load(KERNEL)
         fused = csrc
 
 
 # ---- Layers: drop-ins for torch.nn.RNN, LSTM, GRU --------------------------------------------
-
 
 class Recurrent(nn.RNNBase):
     """Layers of one cell, stacked, in one or both directions. The arguments are torch.nn's.
@@ -160,29 +149,24 @@ class Recurrent(nn.RNNBase):
         weight_ih_l{k} (G*H, I)    weight_hh_l{k} (G*H, H)    bias_ih_l{k}, bias_hh_l{k} (G*H,)
         weight_hr_l{k} (P, H) with proj_size=P: then h is P wide    ..._reverse: second direction
 
-    For a cell of your own derive from RNN, LSTM or GRU, whichever has as many gates and states,
-    and replace `step`, a staticmethod."""
+    For a cell of your own, derive from the one with as many gates and states, replace `step`, and
+    name further parameters in `extra`, vectors whose length is a multiple of H."""
 
     kind, step, states = None, None, 1  # torch's name of the cell; the cell; 1 for h, 2 for (h, c)
+    extra = {}  # {"weight_peep": 3}: in every layer and direction p.weight_peep is (3 * H,)
     variational = False  # True: dropout between layers draws one mask for all steps of a sequence
 
     def __init__(self, *args, **kwargs):
         if "proj_size" in kwargs and self.kind != "LSTM":
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         super().__init__(self.kind, *args, **kwargs)
-        extra = self.extra_parameters()
-        for names in self._all_weights if extra else []:  # the names of each layer and direction
-            suffix = names[0].removeprefix("weight_ih")
-            for name, shape in extra.items():
-                setattr(self, name + suffix, nn.Parameter(self.weight_ih_l0.new_empty(shape)))
-            names += [name + suffix for name in extra]
-        if extra:
+        for names in self._all_weights:  # of each layer and direction
+            for name, n in self.extra.items():
+                names.append(name + names[0].removeprefix("weight_ih"))
+                value = self.weight_ih_l0.new_empty(n * self.hidden_size)
+                setattr(self, names[-1], nn.Parameter(value))
+        if self.extra:
             self.reset_parameters()
-
-    def extra_parameters(self):
-        """{name: shape} of the parameters that your cell needs beside torch's. Every layer and
-        direction has its own, and `step` finds them in p."""
-        return {}
 
     def forward(self, input, hx=None):
         """input: (T, B, I), with batch_first (B, T, I), one sequence (T, I), or a PackedSequence.
@@ -190,15 +174,12 @@ class Recurrent(nn.RNNBase):
         for LSTM a tuple (h, c); None means zeros. Returns output and state; the output holds the
         last layer's h at every step, (T, B, directions * H), laid out as the input. Errors are
         torch.nn's: ValueError and RuntimeError that name what was expected."""
-        return self._run(input, hx, keep=False)[:2]
+        return self.trace(input, hx, keep=False)[:2]
 
-    def trace(self, input, hx=None):
+    def trace(self, input, hx=None, keep=True):
         """As forward, with a third result: a list, in the order of the state, with all that each
         layer's cell computed in each direction: {"h": (T, B, H), ...} with cell states and gates
         by name, laid out as the input. They have gradients: a loss may be made of any of them."""
-        return self._run(input, hx, keep=True)
-
-    def _run(self, input, hx, keep):
         x, sizes, state = self._prepare(input, hx)  # x (T, B, I), or packed rows (N, I)
         directions = 2 if self.bidirectional else 1
         ends, traces = [], []
@@ -215,8 +196,7 @@ class Recurrent(nn.RNNBase):
                 ends.append(end)
                 traces.append({name: self._as_input(input, v) for name, v in computed.items()})
             x = torch.cat(outputs, dim=-1) if self.bidirectional else outputs[0]
-        # ends has a tuple for each layer and direction; stacked: (layers * directions, B, H).
-        state = tuple(torch.stack(s) for s in zip(*ends))
+        state = tuple(torch.stack(s) for s in zip(*ends))  # (layers * directions, B, H) each
         state = state if self.states == 2 else state[0]
         if isinstance(input, PackedSequence):  # back into the caller's order
             state = self.permute_hidden(state, input.unsorted_indices)
@@ -233,8 +213,7 @@ class Recurrent(nn.RNNBase):
         join = torch.stack if sizes is None else torch.cat
         return {name: join(steps) for name, steps in computed.items()}, state
 
-    def _drop(self, x, sizes):
-        """Dropout between layers."""
+    def _drop(self, x, sizes):  # between layers
         if not self.variational:
             return F.dropout(x, self.dropout, self.training)
         first = x[0] if sizes is None else x[: sizes[0]]  # (B, H)
@@ -244,6 +223,7 @@ class Recurrent(nn.RNNBase):
     def _prepare(self, input, hx):
         """Check input and state, and bring the four layouts into two: x (T, B, I) and sizes None,
         or packed x (N, I) and sizes, the number of rows at each step. The state is a tuple."""
+        self._update_flat_weights()  # torch's checks look there
         x, sizes, order, batch_dim = input, None, None, 0 if self.batch_first else 1
         if isinstance(input, PackedSequence):
             x, sizes, order, _ = input
@@ -270,7 +250,7 @@ class Recurrent(nn.RNNBase):
     def _as_input(self, input, x):
         """A result for every step, (T, B, H) or (N, H), laid out as the input."""
         if isinstance(input, PackedSequence):
-            return input._replace(data=x)
+            return PackedSequence(x, *input[1:])
         if input.dim() == 2:
             return x[:, 0]
         return x.transpose(0, 1) if self.batch_first else x
@@ -301,46 +281,29 @@ class LSTM(Recurrent):
         same_cell = self.step is lstm_step and not self.proj_size and not keep
         if same_cell and fused and fused.can_run(x, sizes, state, p):
             h, end = fused.lstm(x, sizes, state, p, reverse, super()._direction)
-            computed = {"h": h}
-        else:
-            computed, end = super()._direction(x, sizes, state, p, reverse, keep)
-        device = x.device.type
-        low = torch.is_autocast_enabled(device) and p.weight_hh.dtype != torch.float64
-        if low and not self.proj_size:
-            # torch.nn.LSTM's types: autocast's if all sequences are equally long, else the state's.
-            equal = sizes is None or sizes[0] == sizes[-1]
-            dtype = torch.get_autocast_dtype(device) if equal else state[0].dtype
-            computed["h"], end = computed["h"].to(dtype), tuple(s.to(dtype) for s in end)
-        return computed, end
+            return {"h": h}, end
+        return super()._direction(x, sizes, state, p, reverse, keep)
 
 
-# ---- Cell modules: drop-ins for torch.nn.RNNCell, LSTMCell, GRUCell, which bring the parameters
-
+# ---- Cell modules: drop-ins for torch.nn.RNNCell, LSTMCell, GRUCell --------------------------
 
 class OneStep:
-    """input (B, I) or (I,); hx (B, H) or (H,), for LSTM a tuple (h, c), None means zeros. Returns
-    the new state; `trace` also a dict of all that the cell computed. Raises torch.nn's errors:
-    ValueError for other dimensions, RuntimeError for other sizes."""
+    weight_hr = None  # no projection
 
     def forward(self, input, hx=None):
-        return self.trace(input, hx)[0]
-
-    def trace(self, input, hx=None):
+        """input (B, I) or (I,); hx (B, H) or (H,), for LSTM a tuple (h, c), None means zeros.
+        Returns the new state. Raises ValueError for dimensions, RuntimeError for sizes."""
         lstm = isinstance(self, nn.LSTMCell)
         zeros = input.new_zeros(*input.shape[:-1], self.hidden_size)
         hx = (zeros, zeros)[: 2 if lstm else 1] if hx is None else tuple(hx) if lstm else (hx,)
-        for value in (input, *hx):
-            if value.dim() not in (1, 2):
-                raise ValueError(f"{type(self).__name__}: Expected input and hx to be 1D or 2D, "
-                                 f"got {value.dim()}D instead")
-        if any(h.shape != zeros.shape for h in hx):  # a batch of one would broadcast
+        if not all(value.dim() in (1, 2) for value in (input, *hx)):
+            raise ValueError(f"{type(self).__name__}: Expected input and hx to be 1D or 2D, got "
+                             f"{[value.dim() for value in (input, *hx)]}")
+        if not all(h.shape == zeros.shape for h in hx):  # a batch of one would broadcast
             raise RuntimeError(f"{type(self).__name__}: Expected hx of size {tuple(zeros.shape)}, "
                                f"got {[tuple(h.shape) for h in hx]}")
-        p = Parameters(weight_hh=self.weight_hh, bias_hh=self.bias_hh,
-                       nonlinearity=getattr(self, "nonlinearity", None))
-        computed = self.step(F.linear(input, self.weight_ih, self.bias_ih), hx, p)
-        state = tuple(computed.values())[: len(hx)]
-        return state if lstm else state[0], computed
+        new = self.step(F.linear(input, self.weight_ih, self.bias_ih), hx, self)
+        return (new["h"], new["c"]) if lstm else new["h"]
 
 
 class RNNCell(OneStep, nn.RNNCell):
@@ -357,11 +320,9 @@ class GRUCell(OneStep, nn.GRUCell):
 
 # ---- Text: symbols, and batches of them ------------------------------------------------------
 
-
 class Vocab:
-    """Symbols <-> indices. `Vocab.of(text)` has a text's distinct symbols, sorted; a text is a str
-    of characters, or a list of str such as words. With "<unk>" among the symbols, unknown ones
-    become "<unk>"; without it they are a ValueError."""
+    """Symbols <-> indices. A text is a str of characters, or a list of str such as words. Unknown
+    symbols become "<unk>" if the vocabulary has it; otherwise they are a ValueError."""
 
     def __init__(self, symbols):
         self.symbols = list(symbols)
@@ -381,15 +342,14 @@ class Vocab:
         unknown = self.index.get("<unk>")
         missing = sorted(set(text) - self.index.keys()) if unknown is None else []
         if missing:
-            raise ValueError(f"{len(missing)} symbols are not in the vocabulary: "
-                             + ", ".join(map(repr, missing[:10])))
+            raise ValueError(f"{len(missing)} symbols are not in the vocabulary: {missing[:10]}")
         return torch.tensor([self.index.get(symbol, unknown) for symbol in text], dtype=torch.long)
 
     def decode(self, ids):
         """Indices (L,) -> str."""
         ids = torch.as_tensor(ids).tolist()
         if min(ids, default=0) < 0:  # Python would count from the end
-            raise ValueError(f"indices must be from 0 to {len(self) - 1}, got {min(ids)}")
+            raise ValueError(f"an index must be at least 0, got {min(ids)}")
         return "".join(self.symbols[k] for k in ids)
 
 
@@ -397,19 +357,15 @@ class Batches:
     """Endless chunks of a text, ids (L,), on the device of ids. `next()` returns x and y (B, T): y
     holds the symbol that follows each symbol of x.
 
-    order="sequential": the text is cut into B rows, and every batch continues the rows of the one
-    before, so that the state can be carried over; after a row's end comes the next row's beginning.
-    order="random": windows from anywhere, each to be read from a state of zeros."""
+    order="sequential": the text is cut into B rows, and every batch continues those of the one
+    before, so that the state can be carried over. order="random": windows from anywhere."""
 
     def __init__(self, ids, batch, context, order="sequential", seed=0):
         self.ids, self.batch, self.context, self.order = torch.as_tensor(ids), batch, context, order
-        if batch < 1 or context < 1 or order not in ("sequential", "random"):
-            raise ValueError("batch and context must be at least 1, order 'sequential' or 'random';"
-                             f" got {batch=}, {context=}, {order=}")
         needed = (batch if order == "sequential" else 1) * context + 1
-        if len(ids) < needed:
-            raise ValueError(f"a text of {len(ids)} symbols is too short: {batch=}, {context=} and "
-                             f"{order=} need {needed}")
+        if order not in ("sequential", "random") or min(batch, context, len(ids) - needed + 1) < 1:
+            raise ValueError(f"{batch=}, {context=} (at least 1) and {order=} ('sequential' or "
+                             f"'random') need a text of {needed} symbols, got {len(ids)}")
         self.position = 0  # how far every row has been read, in symbols
         self.random = torch.Generator().manual_seed(seed)
 
@@ -432,11 +388,9 @@ CELLS = {"rnn": RNN, "lstm": LSTM, "gru": GRU}  # and your own
 
 class CharLM(nn.Module):
     """Predicts the next symbol at every step: embedding, recurrent layers, output.
-
-    dropout acts between layers and on the output layer's input; on the embedding too, unless
-    embed_dropout is given. variational: drop the same units at all steps of a call (Gal &
-    Ghahramani 2016, who also drop the recurrence). one_hot: no embedding, the layers read one-hot
-    vectors. tie: the embedding is also the output matrix (Press & Wolf 2017): embed must be hidden."""
+    dropout acts between layers and before the output; on the embedding too, unless embed_dropout is
+    given. variational: drop the same units at all steps (Gal & Ghahramani 2016). one_hot: one-hot
+    vectors, no embedding. tie: the embedding is also the output matrix (Press & Wolf 2017)."""
 
     def __init__(self, vocab_size, embed=64, hidden=256, layers=1, cell="lstm", dropout=0.0,
                  embed_dropout=None, variational=False, one_hot=False, tie=False):
@@ -445,8 +399,7 @@ class CharLM(nn.Module):
         if cell not in CELLS:
             raise ValueError(f"cell must be one of {', '.join(CELLS)}, got '{cell}'")
         if tie and (one_hot or embed != hidden):
-            raise ValueError(f"tie needs embed == hidden and no one_hot, got {embed=}, {hidden=}, "
-                             f"{one_hot=}")
+            raise ValueError(f"tie needs embed == hidden, got {embed=}, {hidden=}, {one_hot=}")
         self.vocab_size = vocab_size
         self.embedding = None if one_hot else nn.Embedding(vocab_size, embed)
         self.embed_dropout = nn.Dropout(dropout if embed_dropout is None else embed_dropout)
@@ -460,18 +413,16 @@ class CharLM(nn.Module):
 
     def forward(self, ids, state=None):
         """ids (B, T) -> logits (B, T, V), and the state after them, as the layers'."""
-        if ids.dim() != 2:
-            raise ValueError(f"CharLM: Expected ids to be 2D, (B, T), got {ids.dim()}D instead")
-        x, state = self.rnn(self._drop(self.embed(ids.t()), self.embed_dropout), state)
-        return self.output(self._drop(x, self.dropout)).transpose(0, 1), state  # x (T, B, H)
+        x = self._drop(self.embed(ids.transpose(0, 1)), self.embed_dropout)  # (T, B, I)
+        x, state = self.rnn(x, state)  # (T, B, H)
+        return self.output(self._drop(x, self.dropout)).transpose(0, 1), state
 
-    def embed(self, ids):
-        """ids (...) -> (..., I)"""
+    def embed(self, ids):  # (...) -> (..., I)
         if self.embedding is None:
             return F.one_hot(ids, self.vocab_size).to(self.output.weight.dtype)
         return self.embedding(ids)
 
-    def _drop(self, x, dropout):  # (T, B, features); variational: one mask for all steps
+    def _drop(self, x, dropout):  # variational: a mask (1, B, features) for all T
         return x * dropout(torch.ones_like(x[:1])) if self.rnn.variational else dropout(x)
 
     def init_state(self, batch):
@@ -485,20 +436,15 @@ def initialize(module):
     """Initial values for training, in every recurrent and Linear layer of a module, each gate's
     block on its own. Recurrent weights are orthogonal, so that they neither shrink nor stretch the
     state (Saxe et al. 2014); all others Xavier (Glorot & Bengio 2010). Biases are 0, but 1 for the
-    LSTM's forget gate: it should remember at first (Jozefowicz et al. 2015). torch adds two biases,
-    so only b_ih gets the 1. Returns the module. Raises ValueError where weight_norm or the like
-    computes a weight from others."""
+    LSTM's forget gate, which should remember at first (Jozefowicz et al. 2015): torch adds two, so
+    b_ih gets it alone. Returns the module. Raises ValueError under weight_norm."""
     for layer in module.modules():
-        if not isinstance(layer, nn.RNNBase | nn.RNNCellBase | nn.Linear):
+        if not isinstance(layer, nn.Linear | nn.RNNBase | nn.RNNCellBase):
             continue
+        if nn.utils.parametrize.is_parametrized(layer) or layer._forward_pre_hooks:
+            raise ValueError(f"{layer} computes its weights: initialize it before weight_norm")
         H = layer.out_features if isinstance(layer, nn.Linear) else layer.hidden_size
-        names = ["weight", "bias", "weight_ih", "weight_hh", "bias_ih", "bias_hh"]
-        for name in sum(layer._all_weights, []) if isinstance(layer, nn.RNNBase) else names:
-            value = getattr(layer, name, None)
-            if value is None:
-                continue
-            if not isinstance(value, nn.Parameter):
-                raise ValueError(f"{name} is no parameter: call initialize before weight_norm")
+        for name, value in layer.named_parameters(recurse=False):
             blocks = value.chunk(max(1, len(value) // H))  # one per gate; W_hr has P < H rows
             if name.startswith("bias"):
                 nn.init.zeros_(value)
@@ -512,7 +458,6 @@ def initialize(module):
 
 
 # ---- Training --------------------------------------------------------------------------------
-
 
 def cross_entropy(logits, targets, reduction="mean"):
     """Nats per symbol, over all positions, or their "sum": logits (B, T, V), targets (B, T)."""
@@ -537,9 +482,8 @@ def backward(model, x, y, state, accumulate=1, dtype=torch.float32):
     """Add the gradient of the mean loss on one batch, x and y (B, T), to the parameters; to save
     memory in `accumulate` parts, some of the rows each. dtype: torch.bfloat16 means autocast.
 
-    Returns the loss and the state after the batch, detached: its graph ends here. That truncates
-    backpropagation through time (BPTT, Williams & Peng 1990): otherwise the next batch would
-    backpropagate through this one too, and so on to the first."""
+    Returns the loss and the state after the batch, detached. That truncates backpropagation through
+    time (BPTT, Williams & Peng 1990): the next batch does not backpropagate into this one."""
     loss, ends = 0.0, []
     for k, (xk, yk) in enumerate(zip(x.chunk(accumulate), y.chunk(accumulate))):
         start = map_state(lambda s: s.chunk(accumulate, dim=1)[k], state)  # (layers, part of B, H)
@@ -576,58 +520,55 @@ def train(model, batches, steps, lr=4e-3, warmup=20, weight_decay=0.01, clip=1.0
         loss, state = backward(model, x, y, state, accumulate, dtype)
         norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
         if not math.isfinite(loss + norm):
-            raise FloatingPointError(f"training stopped at step {step + 1}: loss {float(loss)}, "
-                                     f"gradient norm {float(norm)}. Try a smaller lr or clip")
+            raise FloatingPointError(f"step {step + 1}: {loss=}, {norm=}. A smaller lr may help")
         optimizer.step()
         yield step + 1, float(loss), float(norm)
 
 
-# ---- Evaluation ------------------------------------------------------------------------------
-
+# ---- Evaluation and sampling -----------------------------------------------------------------
 
 @contextlib.contextmanager
 def evaluating(model):
     """No dropout and no gradients inside the block. Afterwards every module's mode is as before."""
-    modes = {module: module.training for module in model.modules()}
+    in_training = [module for module in model.modules() if module.training]
     try:
         with torch.no_grad():
             yield model.eval()
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        for module in in_training:
+            module.training = True
 
 
 def evaluate(model, ids, batch=64, context=256):
     """The exact loss on a text, ids (L,), in nats per symbol: the state is carried from the first
-    symbol to the last, and all L - 1 predictions count. Raises FloatingPointError if the loss is
-    not finite.
+    symbol to the last, and all L - 1 predictions count. FloatingPointError if it is not finite.
 
     For speed the text is cut into `batch` pieces, read side by side. Each piece should start from
     the state in which the piece before it ends, which is not known yet. So all start from zeros,
     then again from the ends just found, and so on until those no longer change. Networks forget, so
     a few passes suffice; `batch` passes always do."""
-    if len(ids) < 2 or batch < 1 or context < 1:
-        raise ValueError("evaluation needs at least 2 symbols, batch and context of at least 1; "
-                         f"got {len(ids)} symbols, {batch=}, {context=}")
+    if min(len(ids) - 1, batch, context) < 1:
+        raise ValueError(f"needs 2 symbols, {batch=} and {context=} above 0, got {len(ids)}")
     length = math.ceil((len(ids) - 1) / batch)
     batch = math.ceil((len(ids) - 1) / length)  # so that no piece is empty
     missing = batch * length - (len(ids) - 1)  # at the end of the last piece
     x = F.pad(ids[:-1], (0, missing)).view(batch, length)  # (B, length)
     y = F.pad(ids[1:], (0, missing), value=-100).view(batch, length)  # -100: costs nothing
-    start = zeros = model.init_state(batch)
-    for _ in range(batch):
-        total, end = 0.0, start
-        for xk, yk in zip(x.split(context, dim=1), y.split(context, dim=1)):
-            with evaluating(model):
+    with evaluating(model):
+        start = zeros = model.init_state(batch)
+        for _ in range(batch):
+            total, end = 0.0, start
+            for xk, yk in zip(x.split(context, dim=1), y.split(context, dim=1)):
                 logits, end = model(xk, end)
-            total += float(cross_entropy(logits, yk, reduction="sum"))
-        if not math.isfinite(total):
-            raise FloatingPointError(f"the loss is {total}: are all weights finite?")
-        # The first piece starts from zeros, each other one where the one before has ended.
-        last, start = start, map_state(lambda z, s: torch.cat((z[:, :1], s[:, :-1]), 1), zeros, end)
-        same = map_state(lambda s, t: (s - t).abs().max() <= 1e-5 * t.abs().max(), start, last)
-        if all(same if isinstance(same, tuple) else [same]):
-            break
+                total += float(cross_entropy(logits, yk, reduction="sum"))
+            if not math.isfinite(total):
+                raise FloatingPointError(f"the loss is {total}: are all weights finite?")
+            # The first piece starts from zeros, each other one where the one before has ended.
+            last, start = start, map_state(lambda z, s: torch.cat((z[:, :1], s[:, :-1]), 1),
+                                           zeros, end)
+            same = map_state(lambda s, t: (s - t).abs().max() <= 1e-5 * t.abs().max(), start, last)
+            if all(same if isinstance(same, tuple) else [same]):
+                break
     return total / (len(ids) - 1)
 
 
@@ -636,54 +577,48 @@ def perplexity(model, ids, batch=64):
     return torch.tensor(evaluate(model, ids, batch), dtype=torch.float64).exp().item()
 
 
-# ---- Sampling --------------------------------------------------------------------------------
-
-
-@torch.inference_mode()
 def generate(model, vocab, prompt="", length=500, temperature=1.0, top_k=None, seed=None):
-    """Yields `length` symbols that continue the prompt, which warms the state up; without a prompt
-    they continue a new line, or symbol 0. temperature: logits are divided by it; 0 always takes the
-    likeliest symbol. top_k: draw from the k likeliest. Raises ValueError for bad values and for
-    symbols that the vocabulary lacks, FloatingPointError if the logits are not finite."""
+    """Yields `length` symbols that continue the prompt, or without one a new line. temperature
+    divides the logits; 0 takes the likeliest symbol. top_k: draw from the k likeliest. Raises
+    ValueError for bad values, FloatingPointError if the logits are not finite."""
     if not 0 <= temperature < math.inf or length < 0 or (top_k is not None and top_k < 1):
         raise ValueError("temperature must be 0 or more and finite, length 0 or more, top_k at "
                          f"least 1; got {temperature=}, {length=}, {top_k=}")
-    model = copy.deepcopy(getattr(model, "_orig_mod", model)).eval()  # the caller's stays as it is
-    device, state = model.output.weight.device, None
-    random = torch.Generator()  # on the CPU: the same draw on every device
+    state, random = None, torch.Generator()  # on the CPU: the same draw on every device
     random.seed() if seed is None else random.manual_seed(seed)
     ids = vocab.encode(prompt) if prompt else torch.tensor([vocab.index.get("\n", 0)])
     for _ in range(length):
-        logits, state = model(ids[None].to(device), state)  # (1, T, V)
-        scores = logits[0, -1].cpu().double()  # (V,)
-        if not scores.isfinite().all():
-            raise FloatingPointError("the logits are not finite: are all weights?")
-        if top_k is not None and top_k < len(scores):
-            scores[scores < scores.topk(top_k).values[-1]] = -math.inf
+        with evaluating(model):  # not around the loop: in between, the caller's code runs
+            logits, state = model(ids[None].to(model.output.weight.device), state)  # (1, T, V)
+        logits = logits[0, -1].cpu().double()  # (V,)
+        if not logits.isfinite().all():
+            raise FloatingPointError("the logits are not finite: are all weights finite?")
+        if top_k is not None and top_k < len(logits):
+            logits[logits < logits.topk(top_k).values[-1]] = -math.inf
         if temperature == 0:
-            ids = scores.argmax(keepdim=True)  # (1,)
+            ids = logits.argmax(keepdim=True)  # (1,)
         else:
-            chances = (scores / max(temperature, 1e-100)).softmax(-1)  # never infinity
+            chances = (logits / max(temperature, 1e-100)).softmax(-1)  # never infinity
             ids = torch.multinomial(chances, 1, generator=random)  # (1,)
         yield vocab.symbols[ids]
 
 
 # ---- Checkpoints -----------------------------------------------------------------------------
 
-
 def save(path, model, vocab, **training):
-    """Write a CharLM, its vocabulary, and whatever else training needs to resume. The file is
-    written under another name, read back, then renamed: only what `load` can read replaces an
-    earlier checkpoint. Raises OSError that names the path, or load's ValueError."""
+    """Write a CharLM, its vocabulary, and what else training needs to resume. The file is written
+    under another name, read back, then renamed: only what `load` can read replaces an earlier
+    checkpoint. Raises OSError that names the path, TypeError, or load's ValueError."""
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     if type(model) is not CharLM:
         raise TypeError(f"save and load know CharLM, got {type(model).__name__}")
     path = os.path.realpath(path)  # a symbolic link stays one
     partial = f"{path}.{os.getpid()}.partial"
-    content = {"config": model.config, "weights": model.state_dict(), "symbols": vocab.symbols,
-               "training": training}
     try:
-        torch.save(content, partial)
+        with open(partial, "wb") as file:
+            torch.save({"config": model.config, "weights": model.state_dict(),
+                        "symbols": vocab.symbols, "training": training}, file)
+            os.fsync(file.fileno())
         load(partial)
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:
@@ -694,13 +629,11 @@ def save(path, model, vocab, **training):
 
 
 def load(path, device="cpu"):
-    """Read a checkpoint: the model, the vocabulary, and the dict of what else training saved.
-    Nothing in the file is executed. Raises OSError if it cannot be read, ValueError if it is
-    damaged, be it by a single bit, or not a checkpoint of this file."""
+    """Read a checkpoint: model, vocabulary, and the dict of what else training saved. Nothing in it
+    is executed. Raises OSError, or ValueError if a single bit is damaged or it is no checkpoint."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip():  # torch.load compares no checksums
-                raise ValueError("a part of it is not what was written")
+        if zipfile.ZipFile(path).testzip():  # torch.load compares no checksums
+            raise ValueError("a part of it is not what was written")
         content = torch.load(path, map_location="cpu", weights_only=True)
         with torch.device("meta"):  # no memory, no random numbers: the weights are in the file
             model = CharLM(**content["config"])
@@ -714,4 +647,4 @@ def load(path, device="cpu"):
     except OSError:
         raise
     except Exception as error:  # torch.load raises many kinds for damaged files
-        raise ValueError(f"{path} is damaged or not a checkpoint of rnn.py: {error}") from error
+        raise ValueError(f"{path} is damaged, or no checkpoint of rnn.py: {error}") from error

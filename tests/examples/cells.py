@@ -8,7 +8,7 @@ prints its bits per character on held-out lines.
 
 A cell is a function of one step, and a class that names it. The class then has every option of the
 layers: stacked, in both directions, projected, packed, traced. A cell with further parameters
-names their shapes in `extra_parameters`. In a character model a cell goes by a name in rnn.CELLS.
+names them in `extra`, with their lengths in units of H. In a character model a cell goes by a name in rnn.CELLS.
 """
 
 import math
@@ -53,9 +53,7 @@ def peephole_step(gx, state, p):
 
 class PeepholeLSTM(rnn.LSTM):
     step = staticmethod(peephole_step)
-
-    def extra_parameters(self):
-        return {"weight_peep": (3 * self.hidden_size,)}
+    extra = {"weight_peep": 3}
 
 
 def layer_norm_lstm_step(gx, state, p):
@@ -75,11 +73,7 @@ def layer_norm_lstm_step(gx, state, p):
 
 class LayerNormLSTM(rnn.LSTM):
     step = staticmethod(layer_norm_lstm_step)
-
-    def extra_parameters(self):
-        H = self.hidden_size
-        gains = {"norm_ih": (4 * H,), "norm_hh": (4 * H,), "norm_c": (H,)}
-        return gains | ({"bias_c": (H,)} if self.bias else {})
+    extra = {"norm_ih": 4, "norm_hh": 4, "norm_c": 1, "bias_c": 1}
 
     def reset_parameters(self):
         super().reset_parameters()
