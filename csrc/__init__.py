@@ -128,9 +128,11 @@ def lstm(x, sizes, state, p, reverse, direction):
     """One direction of one layer: x (T, B, I), or packed (N, I) with the number of rows at each
     step; state h0 and c0 (B, H); p has the parameters. Returns every h, (T, B, H) or (N, H), and
     the final state. `direction` computes the same with torch's own operators."""
-    shape = x.shape[:-1]
+    shape, dtype = x.shape[:-1], type_of(x)
     if sizes is None:
         x, sizes = x.flatten(0, 1), [x.shape[1]] * x.shape[0]
+    elif sizes[0] != sizes[-1]:
+        dtype = state[0].dtype  # as torch.nn.LSTM returns it under autocast, in this case alone
 
     def plain(x, h0, c0, w_ih, bias, w_hh, sizes, reverse):
         own = type(p)(weight_ih=w_ih, bias_ih=bias, weight_hh=w_hh)
@@ -145,7 +147,8 @@ def lstm(x, sizes, state, p, reverse, direction):
     else:
         x, h0, c0, w_ih, bias, w_hh = autocast(inputs)
         h, end, _ = torch.ops.rnn.lstm_forward(x, w_ih, bias, h0, c0, w_hh, sizes, reverse, False)
-    return h.view(*shape, h.shape[-1]), (rows_at_the_end(h, sizes, reverse), end)
+    h, last = h.to(dtype), rows_at_the_end(h, sizes, reverse)
+    return h.view(*shape, h.shape[-1]), (last.to(dtype), end.to(dtype))
 
 
 # ---- Derivatives ----

@@ -60,14 +60,14 @@ def layer_norm_lstm_step(gx, state, p):
     """Ba et al. 2016: both products are normalized before the biases are added; so is c' on its
     way to h', but not on its way to the next step."""
     h, c = state  # (B, H) each
-    b_ih, b_hh, b_c = (0, 0, None) if p.bias_ih is None else (p.bias_ih, p.bias_hh, p.bias_c)
+    b_ih, b_hh = (0, 0) if p.bias_ih is None else (p.bias_ih, p.bias_hh)
     # gx is W_ih x + b_ih, but only W_ih x is normalized: take b_ih out, add it afterwards.
     a = F.layer_norm(gx - b_ih, gx.shape[-1:], p.norm_ih) + b_ih + b_hh
     a = a + F.layer_norm(F.linear(h, p.weight_hh), gx.shape[-1:], p.norm_hh)  # (B, 4H)
     i, f, g, o = a.chunk(4, dim=-1)  # 4 x (B, H)
     i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
     c = f * c + i * g
-    h = o * F.layer_norm(c, c.shape[-1:], p.norm_c, b_c).tanh()
+    h = o * F.layer_norm(c, c.shape[-1:], p.norm_c, p.bias_c).tanh()
     return {"h": rnn.project(h, p), "c": c, "i": i, "f": f, "g": g, "o": o}
 
 
