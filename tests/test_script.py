@@ -458,7 +458,6 @@ def test_rnn_py_alone_trains_and_samples(tmp_path):
     (tmp_path / "use.py").write_text("""
 import sys; sys.path.insert(0, ".")
 import rnn
-import shakespeare
 text = "to be or not to be that is the question " * 50
 vocab = rnn.Vocab.of(text)
 ids = vocab.encode(text)

@@ -57,7 +57,7 @@ def same(a, b):
 def die_while_saving(r):
     """Let this process be killed at one of its saves: by half a file, or before or after one of
     the calls that make it whole."""
-    module, name = r.choice([(torch, "save"), (os, "replace")])
+    module, name = r.choice([(torch, "save"), (os, "fsync"), (os, "replace")])
     real, left, after = getattr(module, name), r.randrange(12), r.random() < 0.5
 
     def dying(*arguments, **options):
@@ -66,8 +66,8 @@ def die_while_saving(r):
         if left < 0 and name == "save":
             buffer = io.BytesIO()
             real(arguments[0], buffer)
-            with open(arguments[1], "wb") as file:
-                file.write(buffer.getvalue()[: r.randrange(buffer.tell())])
+            arguments[1].write(buffer.getvalue()[: r.randrange(buffer.tell())])
+            arguments[1].flush()
         elif left < 0 and after:
             real(*arguments, **options)
         if left < 0:
