@@ -203,7 +203,7 @@ def test_transforms_that_torchs_layers_lack(path, kind):
 @pytest.mark.parametrize("kind,layout", [*((kind, "batched") for kind in KINDS),
                                          ("gru", "unbatched"), ("lstm", "unbatched")])
 def test_compile_in_one_graph(path, kind, layout):
-    _, layer = pair(kind, 2, bidirectional=True)
+    _, layer = pair(kind, bidirectional=True)
     x = inputs(layout, False)[0][:3]
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
@@ -223,7 +223,7 @@ def test_compile_packed(path):
 
 
 def test_compile_a_character_model_and_a_cell(path, vocab, ids):
-    model = rnn.CharLM(len(vocab), 8, 12).double()
+    model = rnn.CharLM(len(vocab), 8, 12, 2).double()
     cell, x = rnn.LSTMCell(I, H, dtype=DOUBLE), torch.randn(B, I, dtype=DOUBLE)
     for module, input in ((model, ids[:12].view(3, 4)), (cell, x)):
         torch._dynamo.reset()
@@ -232,6 +232,7 @@ def test_compile_a_character_model_and_a_cell(path, vocab, ids):
 
 
 @pytest.mark.parametrize("kind,batch_first", [*((kind, False) for kind in KINDS), ("lstm", True)])
+@pytest.mark.filterwarnings("ignore:The tensor attributes")  # torch's own layers give it too
 def test_export_with_a_batch_of_any_size(path, kind, batch_first):
     _, layer = pair(kind, 2, bidirectional=kind == "lstm", batch_first=batch_first)
     dim = 0 if batch_first else 1
@@ -248,6 +249,7 @@ def exported_with_any_batch(module, input, dim):
     return program.module()
 
 
+@pytest.mark.filterwarnings("ignore:The tensor attributes")
 def test_export_a_character_model(path, vocab, ids):
     model = rnn.CharLM(len(vocab), 8, 12, 2).double().eval()
     exported = exported_with_any_batch(model, ids[:12].view(3, 4), 0)

@@ -84,7 +84,7 @@ def test_what_happens_between_two_steps_is_up_to_the_reader(vocab, ids):
 def test_training_stops_where_it_diverges_before_the_weights_do(vocab, ids):
     """One step so long that the next loss is not finite: those weights are the last that change."""
     model = small(vocab)
-    with pytest.raises(FloatingPointError, match="training stopped at step [2-9]: loss .*norm nan"):
+    with pytest.raises(FloatingPointError, match="step [2-9]: .*loss.*nan.*norm.*nan"):
         for _ in rnn.train(model, rnn.Batches(ids, 4, 16), 9, lr=1e38, warmup=0, clip=math.inf):
             before = [p.clone() for p in model.parameters()]
     torch.testing.assert_close(list(model.parameters()), before, rtol=0, atol=0, equal_nan=True)
