@@ -272,7 +272,7 @@ if __name__ == "__main__":
     out = pathlib.Path(args.resume or ".").parent
     if rank == 0 and (args.out or not args.resume):
         out = new_folder(args.out or "out")
-    fused = args.cell == "lstm" and rnn.fused and rnn.fused.can_run(model.output.weight)
+    fused = args.cell == "lstm" and rnn.fused and (device == "cpu" or rnn.fused.has_cuda)
     params = sum(p.numel() for p in model.parameters())
     say(f"text: {name}, {len(ids):,} characters, {len(vocab)} symbols, sha256 {digest}\n"
         f"config: {config}\nmodel: {params:,} parameters, on {device}, "
