@@ -384,16 +384,6 @@ def test_trace_shows_every_state_and_gate(path, layout):
     assert torch.autograd.grad(sum(flat(traces[0]["f"])).sum(), x)[0].abs().sum() > 0
 
 
-@pytest.mark.parametrize("shape", [(B, I), (I,)], ids=str)
-def test_trace_of_a_cell(shape):
-    x = torch.randn(shape)
-    (h, c), trace = rnn.LSTMCell(I, H).trace(x)
-    assert list(trace) == ["h", "c", "i", "f", "g", "o"]
-    assert torch.equal(trace["h"], h) and torch.equal(trace["c"], c) and h.shape == (*shape[:-1], H)
-    h, trace = rnn.GRUCell(I, H).trace(x)
-    assert list(trace) == ["h", "r", "z", "n"] and trace["h"] is h
-
-
 def test_variational_dropout_has_one_mask_per_sequence():
     """The second layer sees the same units of the first at every step, packed or not; others in
     other sequences."""
