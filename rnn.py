@@ -428,7 +428,7 @@ class CharLM(nn.Module):
     def init_state(self, batch):
         """The state before the first symbol, zeros: (layers, B, H), for LSTM a tuple of two."""
         zeros = self.output.weight.new_zeros(self.rnn.num_layers, batch, self.rnn.hidden_size)
-        return (zeros, zeros) if self.rnn.states == 2 else zeros
+        return (zeros, zeros.clone()) if self.rnn.states == 2 else zeros
 
 
 @torch.no_grad()
@@ -520,7 +520,7 @@ def train(model, batches, steps, lr=4e-3, warmup=20, weight_decay=0.01, clip=1.0
         loss, state = backward(model, x, y, state, accumulate, dtype)
         norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
         if not math.isfinite(loss + norm):
-            raise FloatingPointError(f"step {step + 1}: {loss=}, {norm=}. A smaller lr may help")
+            raise FloatingPointError(f"step {step + 1}: loss {loss:g}, norm {norm:g}: try a lower lr")
         optimizer.step()
         yield step + 1, float(loss), float(norm)
 
