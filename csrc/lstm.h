@@ -71,23 +71,20 @@ Three lstm_weight_gradients(const at::Tensor& da,  // (N,4H), from lstm_backward
                             const at::Tensor& h0,  // (B,H)
                             at::IntArrayRef sizes, bool reverse);
 
-// ---- lstm_bf16.cpp, as lstm_cpu.cpp sees it; tensors are checked and contiguous ----
+// ---- The kernels of the CPU ----
 
-// Whether it can compute this on this CPU, and pays off.
-bool bf16_serves(const at::TensorOptions& like, int64_t B, int64_t H);
+enum class Kernel { simple, vector, avx512_bf16, amx };
+Kernel kernel();  // the most that may be used now
 
-// Fill h, c and gates; c and gates may be empty. Return the final c (B,H), float32; for float32
-// tensors an undefined one if a result is NaN, which then may be the fault of the method.
-at::Tensor forward_bf16(const at::Tensor& x, const at::Tensor& w_ih, const at::Tensor& bias,
-                        const at::Tensor& h0, const at::Tensor& c0, const at::Tensor& w_hh,
-                        at::IntArrayRef sizes, bool reverse, at::Tensor& h, at::Tensor& c,
-                        at::Tensor& gates);
-
-// Fill da, dx and dh0. Return dc0 (B,H) likewise. dc may be undefined; w_ih too, if dx is empty.
-at::Tensor backward_bf16(const at::Tensor& dh, const at::Tensor& dc, const at::Tensor& gates,
-                         const at::Tensor& c, const at::Tensor& c0, const at::Tensor& w_ih,
-                         const at::Tensor& w_hh, at::IntArrayRef sizes, bool reverse,
-                         at::Tensor& da, at::Tensor& dx, at::Tensor& dh0);
+Three forward_fast(const at::Tensor& x, const at::Tensor& w_ih, const at::Tensor& bias,
+                   const at::Tensor& h0, const at::Tensor& c0, const at::Tensor& w_hh,
+                   at::IntArrayRef sizes, bool reverse, bool save);
+Four backward_fast(const at::Tensor& dh, const std::optional<at::Tensor>& dc,
+                   const at::Tensor& gates, const at::Tensor& c, const at::Tensor& c0,
+                   const std::optional<at::Tensor>& w_ih, const at::Tensor& w_hh,
+                   at::IntArrayRef sizes, bool reverse);
+Three weight_gradients_fast(const at::Tensor& da, const at::Tensor& x, const at::Tensor& h,
+                            const at::Tensor& h0, at::IntArrayRef sizes, bool reverse);
 
 // ---- Checks that every device's implementation makes first ----
 
