@@ -58,8 +58,8 @@ template <typename P> void gradients(const Gradients<P>& a, int64_t id, int64_t 
       for (int64_t g = g0; g < g1; g += L)
         for_pieces(g, std::min(g + L, g1), most, [&](int64_t r0, int64_t r1) {
           const auto* x = (const Word*)(columns + (g - g0) / L * kChunk) + r0 - g;
-          product<P, kVectors>(r1 - r0, v1 - v0, x, 1, L, features, K,
-                               a.sums + v0 * G + r0 * (v1 - v0));
+          product<P, kVectors>(r1 - r0, v1 - v0, features, a.sums + v0 * G + r0 * (v1 - v0), x, 1,
+                               L, K);
         });
     });
   }

@@ -98,26 +98,34 @@ void forward(const Forward<P, W>& a, const std::vector<Step>& steps, const Share
           }
         if (a.panels) {
           const auto* w = a.panels + p * K * 4;
-          product<P, 4>(rows, 4, (const Word*)x, mine.every * K_x, 1, w, K_x, sum[0]);
-          product<P, 4>(rows, 4, (const Word*)h_before, mine.every * wide / P::numbers, 1,
-                        w + K_x * 4, K_h, sum[0]);
+          product<P, 4>(rows, 4, w, sum[0], (const Word*)x, mine.every * K_x, 1, K_x,
+                        (const Word*)h_before, mine.every * wide / P::numbers, K_h);
         } else if constexpr (P::numbers == 1) {
           dots(rows, x, mine.every * a.I, a.w_ih + u * a.I, a.I, H, n, sum[0]);
           dots(rows, h_before, mine.every * wide, a.w_hh + u * H, H, H, n, sum[0]);
         }
-        for (int64_t r = 0; r < rows; ++r) {
-          const int64_t b = b0 + r * mine.every, row = s.row + b;
-          const Vec<S> gate[4] = {P::sigmoid(sum[r][0]), P::sigmoid(sum[r][1]), P::tanh(sum[r][2]),
-                                  P::sigmoid(sum[r][3])};  // i, f, g, o
-          const Vec<S> c = gate[1] * load(a.c_now + b * H + u, n) + gate[0] * gate[2];
-          const Vec<S> h = gate[3] * P::tanh(c);
-          store(a.c_now + b * H + u, c, n);
-          store(after + b * wide + u, h, n);
-          store(a.h + row * H + u, h, n);
-          if (!a.gates) continue;
-          store(a.c + row * H + u, c, n);
-          for (int j = 0; j < 4; ++j) store(a.gates + (row * 4 + j) * H + u, gate[j], n);
-        }
+        auto finish = [&](int64_t n) __attribute__((always_inline)) {
+          Vec<S> c[most];  // of all rows before the first tanh of one: it takes long to come
+          for (int64_t r = 0; r < rows; ++r) {
+            const int64_t b = b0 + r * mine.every;
+            Vec<S>* gate = sum[r];  // i, f, g, o
+            gate[0] = P::sigmoid(gate[0]), gate[1] = P::sigmoid(gate[1]);
+            gate[2] = P::tanh(gate[2]), gate[3] = P::sigmoid(gate[3]);
+            c[r] = gate[1] * load(a.c_now + b * H + u, n) + gate[0] * gate[2];
+            store(a.c_now + b * H + u, c[r], n);
+          }
+          for (int64_t r = 0; r < rows; ++r) {
+            const int64_t b = b0 + r * mine.every, row = s.row + b;
+            const Vec<S> h = sum[r][3] * P::tanh(c[r]);
+            store(after + b * wide + u, h, n);
+            store(a.h + row * H + u, h, n);
+            if (!a.gates) continue;
+            store(a.c + row * H + u, c[r], n);
+            for (int j = 0; j < 4; ++j) store(a.gates + (row * 4 + j) * H + u, sum[r][j], n);
+          }
+        };
+        if (n >= L) finish(L);
+        else finish(n);
       });
     }
     if (!mine.alone) barrier();
@@ -157,8 +165,9 @@ void backward(const Backward<P>& a, const std::vector<Step>& steps, const Share&
       }
   });
   barrier();
-  auto cell = [&](const Step& s, int64_t b, int64_t u, Vec<S> dh, typename P::Number* after) {
-    const int64_t row = s.row + b, n = H - u;
+  auto cell = [&](const Step& s, int64_t b, int64_t u, int64_t n, Vec<S> dh,
+                  typename P::Number* after) __attribute__((always_inline)) {
+    const int64_t row = s.row + b;
     const auto* c_before = b < s.going ? a.c + (s.prev + b) * H : a.c0 + b * H;
     const auto* gates = a.gates + row * 4 * H + u;
     const Vec<S> i = load(gates, n), f = load(gates + H, n);
@@ -187,8 +196,8 @@ void backward(const Backward<P>& a, const std::vector<Step>& steps, const Share&
         const int64_t b0 = mine.row + j0 * mine.every;
         Vec<S> sum[most * kVectors] = {};
         if (rows > 0)
-          product<P, kVectors>(rows, V, (const Word*)(before + b0 * wide),
-                               mine.every * wide / P::numbers, 1, a.panels + v0 * K, K, sum);
+          product<P, kVectors>(rows, V, a.panels + v0 * K, sum, (const Word*)(before + b0 * wide),
+                               mine.every * wide / P::numbers, 1, K);
         for (int64_t r = 0; r < j1 - j0; ++r)
           for (int64_t v = v0; v < v1; ++v) {
             const int64_t b = b0 + r * mine.every, u = v * L, column = u - units * L;
@@ -198,7 +207,10 @@ void backward(const Backward<P>& a, const std::vector<Step>& steps, const Share&
               continue;
             }
             if (later.going <= b && b < later.rows) store(a.dh0 + b * H + u, from_later, H - u);
-            if (b < s.rows) cell(s, b, u, b < later.going ? from_later : Vec<S>{}, after);
+            if (b >= s.rows) continue;
+            const Vec<S> dh = b < later.going ? from_later : Vec<S>{};
+            if (u + L <= H) cell(s, b, u, L, dh, after);
+            else cell(s, b, u, H - u, dh, after);
           }
       });
     });

@@ -81,14 +81,19 @@ constexpr int kVectors = 2;  // 6 x 2 of 16
 #endif
 template <int V> constexpr int kTileRows = V > kVectors ? 3 : 6;
 
-// x[r][k] stands at x[r * row + k * step], w[k][v] at w[k * V + v], sums[r][v] at sums[r * V + v].
+// w[k][v] stands at w[k * V + v], sums[r][v] at sums[r * V + v], x[r][k] at x[r * row + k * step].
+// A second piece of x, x2[r][k] at x2[r * row2 + k], follows.
 template <typename P, int R, int V>
-void tile(const typename P::Word* x, int64_t row, int64_t step, const typename P::Words* w,
-          int64_t K, Vec<typename P::Sum>* sums) {
+void tile(const typename P::Words* w, Vec<typename P::Sum>* sums, const typename P::Word* x,
+          int64_t row, int64_t step, int64_t K, const typename P::Word* x2 = nullptr,
+          int64_t row2 = 0, int64_t K2 = 0) {
   Vec<typename P::Sum> sum[R][V] = {};
-  for (int64_t k = 0; k < K; ++k, w += V, x += step)
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < V; ++v) P::add(sum[r][v], x[r * row], w[v]);
+  for (int piece = 0; piece < 2; ++piece) {
+    for (int64_t k = 0; k < K; ++k, w += V, x += step)
+      for (int r = 0; r < R; ++r)
+        for (int v = 0; v < V; ++v) P::add(sum[r][v], x[r * row], w[v]);
+    x = x2, row = row2, step = 1, K = K2;
+  }
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) sums[r * V + v] += sum[r][v];
 }
