@@ -194,6 +194,15 @@ void backward(const Backward<P>& a, const std::vector<Step>& steps, const Share&
       for_pieces(0, mine.rows(std::max(s.rows, later.rows)), most, [&](int64_t j0, int64_t j1) {
         const int64_t rows = std::min(j1, mine.rows(later.rows)) - j0, V = v1 - v0;
         const int64_t b0 = mine.row + j0 * mine.every;
+        for (int64_t b = b0; b < std::min(s.rows, b0 + (j1 - j0) * mine.every); b += mine.every)
+          for (int64_t u = v0 * L; u < std::min(v1, units) * L; u += L) {  // fetch what `cell` wants
+            const int64_t row = s.row + b;
+            for (int64_t gate = 0; gate < 4; ++gate) {
+              __builtin_prefetch(a.gates + (row * 4 + gate) * H + u);
+              __builtin_prefetch(a.da + (row * 4 + gate) * H + u, 1);
+            }
+            __builtin_prefetch(a.c + row * H + u), __builtin_prefetch(a.dh + row * H + u);
+          }
         Vec<S> sum[most * kVectors] = {};
         if (rows > 0)
           product<P, kVectors>(rows, V, a.panels + v0 * K, sum, (const Word*)(before + b0 * wide),
@@ -237,7 +246,7 @@ Three run_forward(const at::Tensor& x, const at::Tensor& w_ih, const at::Tensor&
   const bool few = N <= kFew && P::numbers == 1;
   const int64_t panels = ceil_div(H, kLanes<S>);
   auto h = fresh({N, H}, like), c_now = fresh({B, H}, floats).copy_(c0);
-  auto c = save ? fresh({N, H}, like) : c_now, gates = reused({save ? N : 0, 4 * H}, like);
+  auto c = save ? reused({N, H}, like) : c_now, gates = reused({save ? N : 0, 4 * H}, like);
   const auto x_ = whole_words<P>(x.to(type)), bias_ = bias.to(sum_type).contiguous();
   const auto w_ih_ = whole_words<P>(w_ih), w_hh_ = whole_words<P>(w_hh);
   const int64_t I = x_.size(1), K = (I + w_hh_.size(1)) / P::numbers;

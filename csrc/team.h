@@ -108,12 +108,12 @@ inline at::Tensor fresh(at::IntArrayRef shape, const at::TensorOptions& options)
   return t;
 }
 
-// The same for the largest tensors of all, gates and their gradients. malloc gives what is larger
-// than 32 MiB back to the system at once, and fresh memory costs up to a fifth of a training step:
+// The same for the largest tensors of all: gates, their gradients, the cell's states. malloc gives
+// large blocks back to the system, and to touch fresh memory costs up to a fifth of a training step:
 // so the last few blocks that tensors have given back are kept, for the next ones: half a GiB at
 // most.
 inline at::Tensor reused(at::IntArrayRef shape, const at::TensorOptions& options) {
-  constexpr int64_t least = 32 << 20, most = 512 << 20;
+  constexpr int64_t least = 1 << 20, most = 512 << 20;
   const int64_t bytes = c10::multiply_integers(shape) * options.dtype().itemsize();
   if (bytes < least) return fresh(shape, options);
   static auto& mutex = *new std::mutex;  // never destroyed: a tensor may live until the very end
