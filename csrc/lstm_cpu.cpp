@@ -58,12 +58,13 @@ void dots(int64_t rows, const T* x, int64_t stride, const W* w, int64_t K, int64
 template <typename P>
 void pack(const typename P::Word* w, int64_t K, int64_t H, int64_t u, typename P::Words* to) {
   constexpr int64_t L = kLanes<typename P::Sum>;
-  auto* lanes = reinterpret_cast<typename P::Word*>(to);
   for (int64_t k0 = 0; k0 < K; k0 += L)  // a few words at a time stay in the nearest cache
     for (int64_t gate = 0; gate < 4; ++gate)
-      for (int64_t lane = 0; lane < L; ++lane)
-        for (int64_t k = k0; k < std::min(K, k0 + L); ++k)
-          lanes[(k * 4 + gate) * L + lane] = u + lane < H ? w[(gate * H + u + lane) * K + k] : 0;
+      for (int64_t lane = 0; lane < L; ++lane) {
+        const auto* from = w + (gate * H + std::min(u + lane, H - 1)) * K;  // beyond H: any number
+        auto* lanes = reinterpret_cast<typename P::Word*>(to + gate) + lane;
+        for (int64_t k = k0; k < std::min(K, k0 + L); ++k) lanes[k * 4 * L] = from[k];
+      }
 }
 
 template <typename P, typename W>

@@ -88,12 +88,15 @@ void tile(const typename P::Words* w, Vec<typename P::Sum>* sums, const typename
           int64_t row, int64_t step, int64_t K, const typename P::Word* x2 = nullptr,
           int64_t row2 = 0, int64_t K2 = 0) {
   Vec<typename P::Sum> sum[R][V] = {};
-  for (int piece = 0; piece < 2; ++piece) {
-    for (int64_t k = 0; k < K; ++k, w += V, x += step)
-      for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v) P::add(sum[r][v], x[r * row], w[v]);
-    x = x2, row = row2, step = 1, K = K2;
-  }
+  auto add = [&](const typename P::Word* x, int64_t row) {
+    typename P::Words weights[V];  // volatile: each is loaded once, not once for every row
+    for (int v = 0; v < V; ++v) weights[v] = const_cast<const volatile typename P::Words*>(w)[v];
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v) P::add(sum[r][v], x[r * row], weights[v]);
+    w += V;
+  };
+  for (int64_t k = 0; k < K; ++k) add(x + k * step, row);
+  for (int64_t k = 0; k < K2; ++k) add(x2 + k, row2);
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) sums[r * V + v] += sum[r][v];
 }
