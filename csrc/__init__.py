@@ -16,7 +16,8 @@ import warnings
 import torch
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
-SOURCES = ["lstm.cpp", "lstm_cpu.cpp", "gradients.cpp"]
+SOURCES = ["lstm.cpp", "lstm_cpu.cpp", "gradients.cpp", "amx/lstm_amx.cpp",
+           "amx/gradients_amx.cpp"]
 TYPES = {"cpu": (torch.float32, torch.float64, torch.bfloat16),
          "cuda": (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
 has_cuda = None  # whether the operators run on GPUs too; None: they are not loaded yet

@@ -5,7 +5,7 @@
 // In one product, da^T [x h'], of tiles of a few columns of da x a panel of a few vectors of
 // features. Each thread has columns of da of its own, and needs no other thread. It takes a chunk
 // of the N rows at a time, and copies them so that the inner loop reads one number after the other.
-#include "lstm.h"
+#include "amx/amx.h"
 #include "product.h"
 #include "team.h"
 
@@ -106,6 +106,7 @@ Three run(const at::Tensor& da, const at::Tensor& x, const at::Tensor& h, const 
 
 Three weight_gradients_fast(const at::Tensor& da, const at::Tensor& x, const at::Tensor& h,
                             const at::Tensor& h0, at::IntArrayRef sizes, bool reverse) {
+  if (auto found = weight_gradients_amx(da, x, h, h0, sizes, reverse)) return *found;
   if (da.scalar_type() == at::kDouble) return run<Singles<double>>(da, x, h, h0, sizes, reverse);
   if (da.scalar_type() == at::kFloat) return run<Singles<float>>(da, x, h, h0, sizes, reverse);
 #ifdef __AVX512BF16__

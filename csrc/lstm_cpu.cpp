@@ -5,7 +5,7 @@
 // sampling. A tile, a few rows of the batch x one panel, is summed over all of K in registers and
 // goes through the nonlinearities while still in the nearest cache. The state travels from step to
 // step in small buffers.
-#include "lstm.h"
+#include "amx/amx.h"
 #include "product.h"
 #include "team.h"
 
@@ -306,6 +306,8 @@ Three forward_fast(const at::Tensor& x, const at::Tensor& w_ih, const at::Tensor
   auto run = [&](auto compute) {
     return compute(x, w_ih, bias, h0, c0, w_hh, sizes, reverse, save);
   };
+  if (x.size(0) > kFew)
+    if (auto found = run(forward_amx)) return *found;
   if (w_hh.scalar_type() == at::kDouble) return run(run_forward<Singles<double>>);
   if (w_hh.scalar_type() == at::kFloat) return run(run_forward<Singles<float>>);
 #ifdef __AVX512BF16__
@@ -326,6 +328,7 @@ Four backward_fast(const at::Tensor& dh, const std::optional<at::Tensor>& dc,
   auto run = [&](auto compute) {
     return compute(dh, dc, gates, c, c0, w_ih, w_hh, sizes, reverse);
   };
+  if (auto found = run(backward_amx)) return *found;
   if (w_hh.scalar_type() == at::kDouble) return run(run_backward<Singles<double>>);
   if (w_hh.scalar_type() == at::kFloat) return run(run_backward<Singles<float>>);
 #ifdef __AVX512BF16__

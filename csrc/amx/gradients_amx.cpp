@@ -1,21 +1,16 @@
-// The weights' gradients, outside of time, as an operator of their own:
+// The weights' gradients, outside of time, through products of bfloat16 tiles: see tiles.h.
 //
-//   lstm_weight_gradients   dW_ih = da^T x,  dW_hh = da^T h',  dbias = sum of da over rows
-//
-// Where it is quicker so, through tiles of bfloat16 numbers: see tiles.h; else as torch does it.
-#include "lstm.h"
-#include "team.h"
+//     dW_ih = da^T x,  dW_hh = da^T h',  dbias = sum of da over rows
+#include "amx.h"
+
+#ifdef __AMX_BF16__
+#include "../team.h"
 #include "tiles.h"
 
-#include <torch/library.h>
-
 #include <atomic>
-#include <cstring>
 
 namespace rnn {
 namespace {
-
-#ifdef __AMX_BF16__
 
 // ---- One product, [x h']^T da, turned over at the end ----
 //
@@ -84,7 +79,7 @@ template <typename T> void weight_gradients(const Weights<T>& a, int64_t id, int
   const int64_t group = std::max<int64_t>(1, kSumBytes / (a.tiles * tile_sums * 4));
   const int64_t next = std::min(kPart, round_up(a.N, 32)) / 32 * P * kTileNumbers;
   Bf16* const columns = a.columns + id * kPair<T>;
-  TileRegisters registers(true, 16);
+  TileRegisters registers(16);
   for (int64_t n0 = 0; n0 < a.N; n0 += kPart) {
     const int64_t n1 = std::min(a.N, n0 + kPart);
     for (int64_t m = id; m < a.tiles; m += count)
@@ -99,8 +94,8 @@ template <typename T> void weight_gradients(const Weights<T>& a, int64_t id, int
           for (int64_t m = 0; m < a.tiles; m += 2) {
             const Bf16* features = a.features + m * next + (n - n0) / 32 * P * kTileNumbers;
             const Sums sums{a.sums + (p * a.tiles + m) * tile_sums, 16, kSums, tile_sums};
-            if (n == 0) product<P>(true, true, features, next, columns, blocks, sums, [] {});
-            else product<P, true>(true, true, features, next, columns, blocks, sums, [] {});
+            if (n == 0) product<P>(true, features, next, columns, blocks, sums, [] {});
+            else product<P, true>(true, features, next, columns, blocks, sums, [] {});
           }
         }
       }
@@ -120,73 +115,47 @@ template <typename T> void weight_gradients(const Weights<T>& a, int64_t id, int
     }
   if (nan) *a.nan = true;
 }
-#endif
-
-Three weight_gradients_cpu(const at::Tensor& da, const at::Tensor& x, const at::Tensor& h,
-                           const at::Tensor& h0, at::IntArrayRef sizes, bool reverse) {
-  TORCH_CHECK(x.dim() == 2 && h0.dim() == 2, "lstm: x and h0 must have 2 dimensions, got ",
-              x.dim(), " and ", h0.dim());
-  const int64_t N = x.size(0), I = x.size(1), B = h0.size(0), H = h0.size(1);
-  const auto like = da.options();
-  check_type(da);
-  check("da", da, da, {N, 4 * H}), check("x", x, da, {N, I});
-  check("h", h, da, {N, H}), check("h0", h0, da, {B, H});
-  check_sizes(sizes, B, N);
-  const auto da_ = da.contiguous(), x_ = x.contiguous(), h_ = h.contiguous();
-  const auto h0_ = h0.contiguous();
-  const auto steps = walk(sizes, reverse);
-#ifdef __AMX_BF16__
-  if (use_amx() && N > 0 && I > 0 &&
-      (like.dtype() == at::kBFloat16 ||
-       (like.dtype() == at::kFloat && 4.0 * N * H * (H + I) >= 2e7))) {
-    const auto floats = like.dtype(at::kFloat);
-    auto dw_ih = fresh({4 * H, I}, floats), dw_hh = fresh({4 * H, H}, floats);
-    auto dbias = at::zeros({round_up(4 * H, 32)}, floats);
-    std::atomic<bool> nan = false;
-    auto compute = [&](auto type) {
-      using T = decltype(type);
-      const int64_t tiles = round_up((I + 15) / 16 + (H + 15) / 16, 2), pairs = (H + 7) / 8;
-      auto features = fresh({tiles, std::min(kPart, round_up(N, 32)), kParts<T> * 16},
-                            like.dtype(at::kBFloat16));
-      auto columns = fresh({at::get_num_threads(), kPair<T>}, like.dtype(at::kBFloat16));
-      auto sums = fresh({pairs, tiles, 2 * kSums}, floats);
-      Weights<T> a{data<T>(da_), std::vector<const T*>(N), std::vector<const T*>(N),
-                   data<float>(dw_ih), data<float>(dw_hh), data<float>(dbias),
-                   data<Bf16>(features), data<Bf16>(columns), data<float>(sums), N, I, H, tiles,
-                   &nan};
-      for (const Step& s : steps)
-        for (int64_t b = 0; b < s.rows; ++b) {
-          a.x[s.row + b] = data<T>(x_) + (s.row + b) * I;
-          a.h[s.row + b] = b < s.going ? data<T>(h_) + (s.prev + b) * H : data<T>(h0_) + b * H;
-        }
-      team_of(pairs, [&](int64_t id, int64_t count) { weight_gradients(a, id, count); });
-    };
-    if (like.dtype() == at::kFloat) compute(float{});
-    else compute(Bf16{});
-    if (!nan || like.dtype() == at::kBFloat16) return {dw_ih, dw_hh, dbias.resize_({4 * H})};
-  }
-#endif
-  auto before = at::empty_like(h_);  // h': of the step before, or h0 where a sequence begins
-  const int64_t bytes = H * h_.element_size();
-  auto copy = [&](int64_t to, const at::Tensor& from, int64_t row, int64_t rows) {
-    if (rows * bytes == 0) return;  // an empty tensor has no address to copy from
-    std::memcpy(static_cast<char*>(before.data_ptr()) + to * bytes,
-                static_cast<const char*>(from.const_data_ptr()) + row * bytes, rows * bytes);
-  };
-  for (const Step& s : steps) {
-    copy(s.row, h_, s.prev, s.going);
-    copy(s.row + s.going, h0_, s.going, s.rows - s.going);
-  }
-  // Products of tall matrices are quickest with the narrow one of the two transposed.
-  const auto type = like.dtype() == at::kBFloat16 ? at::kFloat : da.scalar_type();
-  return {at::mm(x_.t(), da_).t().to(type).contiguous(),
-          at::mm(before.t(), da_).t().to(type).contiguous(), da_.sum(0, false, type)};
-}
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(rnn, CPU, m) {
-  m.impl("lstm_weight_gradients", weight_gradients_cpu);
+std::optional<Three> weight_gradients_amx(const at::Tensor& da, const at::Tensor& x,
+                                          const at::Tensor& h, const at::Tensor& h0,
+                                          at::IntArrayRef sizes, bool reverse) {
+  const int64_t N = x.size(0), I = x.size(1), H = h0.size(1);
+  const auto like = da.options();
+  if (kernel() < Kernel::amx || !has_amx() || N == 0 || I == 0) return {};
+  if (like.dtype() != at::kBFloat16 &&
+      (like.dtype() != at::kFloat || 4.0 * N * H * (H + I) < 2e7)) return {};
+  const auto da_ = da.contiguous(), x_ = x.contiguous(), h_ = h.contiguous();
+  const auto h0_ = h0.contiguous();
+  const auto steps = walk(sizes, reverse);
+  const auto floats = like.dtype(at::kFloat);
+  auto dw_ih = fresh({4 * H, I}, floats), dw_hh = fresh({4 * H, H}, floats);
+  auto dbias = at::zeros({round_up(4 * H, 32)}, floats);
+  std::atomic<bool> nan = false;
+  auto compute = [&](auto type) {
+    using T = decltype(type);
+    const int64_t tiles = round_up((I + 15) / 16 + (H + 15) / 16, 2), pairs = (H + 7) / 8;
+    auto features = fresh({tiles, std::min(kPart, round_up(N, 32)), kParts<T> * 16},
+                          like.dtype(at::kBFloat16));
+    auto columns = fresh({at::get_num_threads(), kPair<T>}, like.dtype(at::kBFloat16));
+    auto sums = fresh({pairs, tiles, 2 * kSums}, floats);
+    Weights<T> a{data<T>(da_), std::vector<const T*>(N), std::vector<const T*>(N),
+                 data<float>(dw_ih), data<float>(dw_hh), data<float>(dbias),
+                 data<Bf16>(features), data<Bf16>(columns), data<float>(sums), N, I, H, tiles,
+                 &nan};
+    for (const Step& s : steps)
+      for (int64_t b = 0; b < s.rows; ++b) {
+        a.x[s.row + b] = data<T>(x_) + (s.row + b) * I;
+        a.h[s.row + b] = b < s.going ? data<T>(h_) + (s.prev + b) * H : data<T>(h0_) + b * H;
+      }
+    team_of(pairs, [&](int64_t id, int64_t count) { weight_gradients(a, id, count); });
+  };
+  if (like.dtype() == at::kFloat) compute(float{});
+  else compute(Bf16{});
+  if (nan && like.dtype() == at::kFloat) return {};
+  return Three{dw_ih, dw_hh, dbias.resize_({4 * H})};
 }
 
 }  // namespace rnn
+#endif
