@@ -36,15 +36,16 @@ template <typename P> void gradients(const Gradients<P>& a, int64_t id, int64_t 
   for (int64_t n0 = 0; n0 < a.N; n0 += kChunk * P::numbers) {
     const int64_t n1 = std::min(a.N, n0 + kChunk * P::numbers), K = ceil_div(n1 - n0, P::numbers);
     for (int64_t g = g0; g < g1; g += L) {  // columns of da become rows, (4H, K)
-      Vec<S> sum{};
+      Vec<S> sum[8] = {};  // several, as sums of sums err less than one long sum
       for (int64_t k = 0; k < K; ++k) {
         const int64_t n = n0 + k * P::numbers;
         const Number* row = a.da + n * G + g;
         const auto words = P::words(row, n + 1 < n1 ? row + G : nullptr, G - g);
-        sum += P::sum_of(words);
+        sum[k % 8] += P::sum_of(words);
         columns[(g - g0) / L * kChunk + k] = words;
       }
-      store(a.dbias + g, load(a.dbias + g, G - g) + sum, G - g);
+      for (int j = 1; j < 8; ++j) sum[0] += sum[j];
+      store(a.dbias + g, load(a.dbias + g, G - g) + sum[0], G - g);
     }
     for_pieces(0, vectors, kVectors, [&](int64_t v0, int64_t v1) {
       auto* to = features;

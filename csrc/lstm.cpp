@@ -2,6 +2,9 @@
 // torch.ops lets other Python threads run (releases the GIL) while an operator works.
 #include "lstm.h"
 
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/extension.h>
 #include <torch/library.h>
@@ -25,7 +28,11 @@ Kernel kernel() {
   if (limit == "simple") return Kernel::simple;
   if (limit == "vector" || limit == "float32") return Kernel::vector;
   if (limit == "avx512_bf16") return Kernel::avx512_bf16;
-  return Kernel::amx;
+#if defined(__linux__) && (defined(__AMX_BF16__) || defined(__AMXBF16__))
+  static const bool has_amx = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+  if (has_amx) return Kernel::amx;
+#endif
+  return Kernel::avx512_bf16;
 }
 
 Three checked_forward(const at::Tensor& x, const at::Tensor& w_ih, const at::Tensor& bias,

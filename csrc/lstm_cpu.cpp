@@ -138,6 +138,8 @@ void forward(const Forward<P, W>& a, const std::vector<Step>& steps, const Share
 // The product of a step is da [W_hh W_ih]: first the columns of da' W_hh, which the step before
 // wants, or h0; then those of dx. Both in vectors, cut into panels of at most kVectors.
 
+constexpr int64_t kBlock = 256;  // words; sums of sums err less than one long sum
+
 template <typename P> struct Backward {
   const typename P::Number *dh, *dc, *gates, *c, *c0, *w_ih, *w_hh;  // as in lstm.h; dc may be null
   typename P::Number *da, *dx, *dh0;                                 // (N,4H), (N,I), (B,H)
@@ -205,9 +207,10 @@ void backward(const Backward<P>& a, const std::vector<Step>& steps, const Share&
             __builtin_prefetch(a.c + row * H + u), __builtin_prefetch(a.dh + row * H + u);
           }
         Vec<S> sum[most * kVectors] = {};
-        if (rows > 0)
-          product<P, kVectors>(rows, V, a.panels + v0 * K, sum, (const Word*)(before + b0 * wide),
-                               mine.every * wide / P::numbers, 1, K);
+        for (int64_t k = 0; rows > 0 && k < K; k += kBlock)
+          product<P, kVectors>(rows, V, a.panels + v0 * K + k * V, sum,
+                               (const Word*)(before + b0 * wide) + k,
+                               mine.every * wide / P::numbers, 1, std::min(kBlock, K - k));
         for (int64_t r = 0; r < j1 - j0; ++r)
           for (int64_t v = v0; v < v1; ++v) {
             const int64_t b = b0 + r * mine.every, u = v * L, column = u - units * L;

@@ -8,8 +8,6 @@
 
 namespace rnn {
 
-bool has_amx();  // whether this library and this CPU have it
-
 // As lstm.h has them. Nothing if another kernel should compute it: as it pays off there, or, for
 // float32, as a result is NaN, which may be the fault of the method.
 std::optional<Three> forward_amx(const at::Tensor& x, const at::Tensor& w_ih,

@@ -13,9 +13,6 @@
 #include "../team.h"
 #include "tiles.h"
 
-#include <sys/syscall.h>
-#include <unistd.h>
-
 #include <atomic>
 
 namespace rnn {
@@ -364,18 +361,12 @@ template <typename Body> void with_type(const at::TensorOptions& like, const Bod
 }
 
 bool serves(const at::TensorOptions& like, int64_t B, int64_t H) {
-  if (kernel() < Kernel::amx || !has_amx()) return false;
+  if (kernel() != Kernel::amx) return false;
   return like.dtype() == at::kBFloat16 ||
          (like.dtype() == at::kFloat && B >= 16 && H >= 96);  // else float32 is quicker
 }
 
 }  // namespace
-
-bool has_amx() {  // Linux lets a process use the tile registers once it has asked
-  constexpr int request_permission = 0x1023, tile_data = 18;
-  static const bool granted = syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
-  return granted;
-}
 
 std::optional<Three> forward_amx(const at::Tensor& x, const at::Tensor& w_ih,
                                  const at::Tensor& bias, const at::Tensor& h0,
@@ -454,7 +445,6 @@ std::optional<Four> backward_amx(const at::Tensor& dh, const std::optional<at::T
 }  // namespace rnn
 #else
 namespace rnn {
-bool has_amx() { return false; }
 std::optional<Three> forward_amx(const at::Tensor&, const at::Tensor&, const at::Tensor&,
                                  const at::Tensor&, const at::Tensor&, const at::Tensor&,
                                  at::IntArrayRef, bool, bool) { return {}; }
