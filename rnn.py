@@ -223,7 +223,7 @@ class Recurrent(nn.RNNBase):
     def _prepare(self, input, hx):
         """Check input and state, and bring the four layouts into two: x (T, B, I) and sizes None,
         or packed x (N, I) and sizes, the number of rows at each step. The state is a tuple."""
-        self._update_flat_weights()  # torch's checks look there
+        torch.compiler.is_exporting() or self._update_flat_weights()  # torch's checks look there
         x, sizes, order, batch_dim = input, None, None, 0 if self.batch_first else 1
         if isinstance(input, PackedSequence):
             x, sizes, order, _ = input
@@ -520,7 +520,7 @@ def train(model, batches, steps, lr=4e-3, warmup=20, weight_decay=0.01, clip=1.0
         loss, state = backward(model, x, y, state, accumulate, dtype)
         norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
         if not math.isfinite(loss + norm):
-            raise FloatingPointError(f"step {step + 1}: loss {loss:g}, norm {norm:g}: try a lower lr")
+            raise FloatingPointError(f"step {step + 1}: loss {loss:g}, norm {norm:g}: lower lr?")
         optimizer.step()
         yield step + 1, float(loss), float(norm)
 

@@ -17,7 +17,8 @@ import warnings
 import torch
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
-SOURCES = ["lstm.cpp", "lstm_simple.cpp", "lstm_cpu.cpp", "lstm_bf16.cpp", "gradients.cpp"]
+AMX = ["amx/lstm_amx.cpp", "amx/gradients_amx.cpp"]
+SOURCES = ["lstm.cpp", "lstm_simple.cpp", "lstm_cpu.cpp", "gradients.cpp", *AMX]
 
 
 def library():

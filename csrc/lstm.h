@@ -110,22 +110,4 @@ inline at::Tensor find_dx(const at::Tensor& da, const std::optional<at::Tensor>&
   return w_ih ? at::mm(da, *w_ih) : at::empty({da.size(0), 0}, da.options());
 }
 
-// ---- lstm_bf16.cpp, as lstm_cpu.cpp sees it; tensors are checked and contiguous ----
-
-// Whether it can compute this on this CPU, and pays off.
-bool bf16_serves(const at::TensorOptions& like, int64_t B, int64_t H);
-
-// Fill h, c and gates; c and gates may be empty. Return the final c (B,H), float32; for float32
-// tensors an undefined one if a result is NaN, which then may be the fault of the method.
-at::Tensor forward_bf16(const at::Tensor& x, const at::Tensor& w_ih, const at::Tensor& bias,
-                        const at::Tensor& h0, const at::Tensor& c0, const at::Tensor& w_hh,
-                        at::IntArrayRef sizes, bool reverse, at::Tensor& h, at::Tensor& c,
-                        at::Tensor& gates);
-
-// Fill da, dx and dh0. Return dc0 (B,H) likewise. dc may be undefined; w_ih too, if dx is empty.
-at::Tensor backward_bf16(const at::Tensor& dh, const at::Tensor& dc, const at::Tensor& gates,
-                         const at::Tensor& c, const at::Tensor& c0, const at::Tensor& w_ih,
-                         const at::Tensor& w_hh, at::IntArrayRef sizes, bool reverse,
-                         at::Tensor& da, at::Tensor& dx, at::Tensor& dh0);
-
 }  // namespace rnn

@@ -1,48 +1,34 @@
-// The operators of lstm.h on the CPU, float32 and float64.
+// The operators of lstm.h on the CPU, in vectors.
 //
-// The whole walk over time happens inside one team of threads. W_ih and W_hh are first copied into
+// The whole walk over time happens inside one team of threads. The weights are first copied into
 // panels, in the order in which the inner loop reads them; but not for a few rows in all, as in
-// sampling. A tile, a few rows of the batch x one panel of units, is summed over all of K in vector
-// registers and goes through the nonlinearities while still in the nearest cache. The state travels
-// from step to step in a small buffer.
-#include "lstm.h"
-#include "simd.h"
+// sampling. A tile, a few rows of the batch x one panel, is summed over all of K in registers and
+// goes through the nonlinearities while still in the nearest cache. The state travels from step to
+// step in small buffers.
+#include "amx/amx.h"
+#include "product.h"
 #include "team.h"
-
-#include <ATen/Dispatch.h>
 
 namespace rnn {
 namespace {
 
-// ---- The product: a tile of R rows x one panel of V vectors, added to `out` ----
+// ---- Forward ----
 
-// out[r][v] += sum over k of x[r * stride + k] * w[k][v], all sums in registers, in order of k
-template <typename T, int R, int V>
-void tile(const T* x, int64_t stride, const Vec<T>* w, int64_t K, Vec<T>* out) {
-  Vec<T> sum[R][V];
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) sum[r][v] = out[r * V + v];
-  for (int64_t k = 0; k < K; ++k, w += V)
-    for (int r = 0; r < R; ++r) {
-      const Vec<T> value = broadcast<T>(x[r * stride + k]);
-      for (int v = 0; v < V; ++v) sum[r][v] += value * w[v];
-    }
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) out[r * V + v] = sum[r][v];
-}
+constexpr int64_t kFew = 8;  // for so many rows in all (N) there are no panels
 
-// The same for any number of rows up to kTileRows. R is a template parameter, with one function for
-// each number, because only a sum whose place is known to the compiler can stay in a register.
-template <int V> constexpr int kTileRows = kRows * 2 / V;
-template <typename T, int V, int R = kTileRows<V>>
-void product(int64_t rows, const T* x, int64_t stride, const Vec<T>* w, int64_t K, Vec<T>* out) {
-  if constexpr (R > 1)
-    if (rows < R) return product<T, V, R - 1>(rows, x, stride, w, K, out);
-  tile<T, R, V>(x, stride, w, K, out);
-}
+template <typename P, typename W> struct Forward {  // P: see product.h; weights of type W
+  const typename P::Number* x;                      // as in lstm.h, of an even I for pairs
+  const W *w_ih, *w_hh;                             // likewise
+  const typename P::Sum* bias;
+  typename P::Number *h, *c, *gates;  // (N,H), (N,H), (N,4H); gates null: no c either
+  typename P::Words* panels;          // null, or (panels of L units, K, 4 gates)
+  typename P::Number* h_now;          // (2, B, padded H), double-buffered
+  typename P::Sum* c_now;             // (B,H)
+  int64_t B, I, H;
+};
 
-// The same without panels, for few rows: to copy W takes longer than to read it where it is. For n
-// units: out[r][gate][unit] += the dot product of row r of x with row gate * H + unit of w (4H,K)
+// The product without panels, for few rows: to copy W takes longer than to read it where it is. For
+// n units: out[r][gate] += the dot products of row r of x with rows gate * H + unit of w (4H,K)
 template <typename T, typename W, int R = kTileRows<4>>
 void dots(int64_t rows, const T* x, int64_t stride, const W* w, int64_t K, int64_t H, int64_t n,
           Vec<T>* out) {
@@ -68,247 +54,296 @@ void dots(int64_t rows, const T* x, int64_t stride, const W* w, int64_t K, int64
   }
 }
 
-// Cuts rows begin .. end into tiles of at most `most`, equal to within one: 13 = 7 + 6, not 12 + 1.
-template <typename Body>
-inline void for_tiles(int64_t begin, int64_t end, int64_t most, const Body& body) {
-  const int64_t n = end - begin, tiles = (n + most - 1) / most;  // none if end <= begin
-  for (int64_t j = 0; j < tiles; ++j) body(begin + n * j / tiles, begin + n * (j + 1) / tiles);
+// Rows of w (4H,K), in words, become lanes: `to` is a panel from its first word on.
+template <typename P>
+void pack(const typename P::Word* w, int64_t K, int64_t H, int64_t u, typename P::Words* to) {
+  constexpr int64_t L = kLanes<typename P::Sum>;
+  for (int64_t k0 = 0; k0 < K; k0 += L)  // a few words at a time stay in the nearest cache
+    for (int64_t gate = 0; gate < 4; ++gate)
+      for (int64_t lane = 0; lane < L; ++lane) {
+        const auto* from = w + (gate * H + std::min(u + lane, H - 1)) * K;  // beyond H: any number
+        auto* lanes = reinterpret_cast<typename P::Word*>(to + gate) + lane;
+        for (int64_t k = k0; k < std::min(K, k0 + L); ++k) lanes[k * 4 * L] = from[k];
+      }
 }
 
-// Rows of a buffer, far enough apart that twelve of them do not fall into the same cache set.
-template <typename T> int64_t padded(int64_t columns) { return columns + 2 * kLanes<T>; }
-
-// ---- Forward ----
-
-constexpr int64_t kFew = 8;  // for so many rows in all (N) there are no panels
-
-template <typename T, typename W> struct Forward {  // weights of type W
-  const T *x, *bias;                          // as in lstm.h
-  const W *w_ih, *w_hh;
-  T *h, *c, *gates;                           // (N,H), (N,H), (N,4H); gates null: no c either
-  Vec<T>* panels;                             // null, or (panels, I + H, 4) vectors of L units
-  T *h_now, *c_now;                           // (2, B, padded H), double-buffered; (B,H)
-  int64_t B, I, H;
-};
-
-template <typename T, typename W>
-void forward(const Forward<T, W>& a, const std::vector<Step>& steps, const Share& mine) {
-  constexpr int L = kLanes<T>, most = kTileRows<4>;
-  const int64_t B = a.B, I = a.I, H = a.H, K = I + H, wide = padded<T>(H);
-  for (int64_t p = mine.pack; a.panels && p < mine.pack_end; ++p)
-    for (int64_t k0 = 0; k0 < K; k0 += L)  // rows of W become lanes, a few numbers at a time
-      for (int64_t gate = 0; gate < 4; ++gate)
-        for (int64_t lane = 0; lane < L; ++lane)
-          for (int64_t k = k0; k < std::min(K, k0 + L); ++k) {
-            const int64_t u = p * L + lane, row = gate * H + u;
-            T* to = reinterpret_cast<T*>(a.panels + (p * K + k) * 4 + gate) + lane;
-            *to = u >= H ? W(0) : k < I ? a.w_ih[row * I + k] : a.w_hh[row * H + k - I];
-          }
+template <typename P, typename W>
+void forward(const Forward<P, W>& a, const std::vector<Step>& steps, const Share& mine) {
+  using S = typename P::Sum;
+  using Word = typename P::Word;
+  constexpr int L = kLanes<S>, most = kTileRows<4>;
+  const int64_t H = a.H, wide = padded<typename P::Number>(H);
+  const int64_t K_x = a.I / P::numbers, K_h = ceil_div(H, P::numbers), K = K_x + K_h;  // words
+  for (int64_t p = mine.panel; a.panels && p < mine.panel_end; ++p) {
+    if (mine.alone && p % mine.count != mine.id) continue;  // another thread packs it
+    pack<P>((const Word*)a.w_ih, K_x, H, p * L, a.panels + p * K * 4);
+    pack<P>((const Word*)a.w_hh, K_h, H, p * L, a.panels + (p * K + K_x) * 4);
+  }
   barrier();
   for (size_t t = 0; t < steps.size(); ++t) {
     const Step& s = steps[t];
-    const T* before = a.h_now + t % 2 * B * wide;  // every row's h', or h0 if it has not begun
-    T* after = a.h_now + (t + 1) % 2 * B * wide;
-    for (int64_t p = mine.panel; p < mine.panel_end; ++p)
-      for_tiles(mine.row, std::min(mine.row_end, s.rows), most, [&](int64_t b0, int64_t b1) {
-        const int64_t rows = b1 - b0, u = p * L, n = H - u;
-        const Vec<T>* w = a.panels + p * K * 4;
-        Vec<T> sum[most][4];
+    const auto* before = a.h_now + t % 2 * a.B * wide;  // every row's h', or h0 if it has not begun
+    auto* after = a.h_now + (t + 1) % 2 * a.B * wide;
+    for (int64_t q = mine.panel; q < mine.panel_end; ++q) {
+      const int64_t p = t % 2 ? mine.panel + mine.panel_end - 1 - q : q;
+      const int64_t u = p * L, n = H - u;
+      for_pieces(0, mine.rows(s.rows), most, [&](int64_t j0, int64_t j1) {
+        const int64_t rows = j1 - j0, b0 = mine.row + j0 * mine.every;
+        const auto *x = a.x + (s.row + b0) * a.I, *h_before = before + b0 * wide;
+        Vec<S> sum[most][4];
         for (int64_t r = 0; r < rows; ++r)
-          for (int gate = 0; gate < 4; ++gate) sum[r][gate] = load(a.bias + gate * H + u, n);
+          for (int gate = 0; gate < 4; ++gate) {
+            sum[r][gate] = load(a.bias + gate * H + u, n);
+            if (a.gates)  // fetch what will be written, while the products are computed
+              __builtin_prefetch(a.gates + ((s.row + b0 + r * mine.every) * 4 + gate) * H + u, 1);
+          }
         if (a.panels) {
-          product<T, 4>(rows, a.x + (s.row + b0) * I, I, w, I, sum[0]);
-          product<T, 4>(rows, before + b0 * wide, wide, w + I * 4, H, sum[0]);
-        } else {
-          dots(rows, a.x + (s.row + b0) * I, I, a.w_ih + u * I, I, H, n, sum[0]);
-          dots(rows, before + b0 * wide, wide, a.w_hh + u * H, H, H, n, sum[0]);
+          const auto* w = a.panels + p * K * 4;
+          product<P, 4>(rows, 4, w, sum[0], (const Word*)x, mine.every * K_x, 1, K_x,
+                        (const Word*)h_before, mine.every * wide / P::numbers, K_h);
+        } else if constexpr (P::numbers == 1) {
+          dots(rows, x, mine.every * a.I, a.w_ih + u * a.I, a.I, H, n, sum[0]);
+          dots(rows, h_before, mine.every * wide, a.w_hh + u * H, H, H, n, sum[0]);
         }
-        for (int64_t r = 0; r < rows; ++r) {
-          const int64_t b = b0 + r, row = s.row + b;
-          Vec<T> gate[4];  // i, f, g, o
-          activate<T>(sum[r], gate);
-          const Vec<T> c = gate[1] * load(a.c_now + b * H + u, n) + gate[0] * gate[2];
-          const Vec<T> h = gate[3] * tanh<T>(c);
-          store(a.c_now + b * H + u, c, n);
-          store(after + b * wide + u, h, n);
-          store(a.h + row * H + u, h, n);
-          if (!a.gates) continue;
-          store(a.c + row * H + u, c, n);
-          for (int j = 0; j < 4; ++j) store(a.gates + (row * 4 + j) * H + u, gate[j], n);
-        }
+        auto finish = [&](int64_t n) __attribute__((always_inline)) {
+          Vec<S> c[most];  // of all rows before the first tanh of one: it takes long to come
+          for (int64_t r = 0; r < rows; ++r) {
+            const int64_t b = b0 + r * mine.every;
+            Vec<S>* gate = sum[r];  // i, f, g, o
+            gate[0] = P::sigmoid(gate[0]), gate[1] = P::sigmoid(gate[1]);
+            gate[2] = P::tanh(gate[2]), gate[3] = P::sigmoid(gate[3]);
+            c[r] = gate[1] * load(a.c_now + b * H + u, n) + gate[0] * gate[2];
+            store(a.c_now + b * H + u, c[r], n);
+          }
+          for (int64_t r = 0; r < rows; ++r) {
+            const int64_t b = b0 + r * mine.every, row = s.row + b;
+            const Vec<S> h = sum[r][3] * P::tanh(c[r]);
+            store(after + b * wide + u, h, n);
+            store(a.h + row * H + u, h, n);
+            if (!a.gates) continue;
+            store(a.c + row * H + u, c[r], n);
+            for (int j = 0; j < 4; ++j) store(a.gates + (row * 4 + j) * H + u, sum[r][j], n);
+          }
+        };
+        if (n >= L) finish(L);
+        else finish(n);
       });
+    }
     if (!mine.alone) barrier();
   }
 }
 
 // ---- Backward ----
+//
+// The product of a step is da [W_hh W_ih]: first the columns of da' W_hh, which the step before
+// wants, or h0; then those of dx. Both in vectors, cut into panels of at most kVectors.
 
-template <typename T> struct Backward {
-  const T *dh, *dc, *gates, *c, *c0, *w_hh;  // as in lstm.h; dc may be null
-  T *da, *dh0, *dc0;                         // (N,4H), (B,H), (B,H); dc0 carries dc' * f'
-  Vec<T>* panels;                            // (panels, 4H, 2) vectors of L units
-  Vec<T>* sums;                              // (panels, B, 2): da' W_hh
-  T* da_now;                                 // (2, B, padded 4H), double-buffered
-  const int64_t* first;                      // (B): the row in which each sequence begins
-  int64_t B, H;
+constexpr int64_t kBlock = 256;  // words; sums of sums err less than one long sum
+
+template <typename P> struct Backward {
+  const typename P::Number *dh, *dc, *gates, *c, *c0, *w_ih, *w_hh;  // as in lstm.h; dc may be null
+  typename P::Number *da, *dx, *dh0;                                 // (N,4H), (N,I), (B,H)
+  typename P::Sum* dc_now;     // (B,H): dc' f', at first zero
+  typename P::Words* panels;   // (vectors, 4H in words)
+  typename P::Number* da_now;  // (2, B, padded 4H), double-buffered
+  int64_t B, I, H;             // I 0: no dx
 };
 
-constexpr int64_t kBlock = 256;  // gate gradients whose rows of W_hh and of da' stay in near caches
-
-template <typename T>
-void backward(const Backward<T>& a, const std::vector<Step>& steps, const Share& mine) {
-  constexpr int L = kLanes<T>;
-  const int64_t B = a.B, H = a.H, wide = padded<T>(4 * H);
-  for (int64_t p = mine.pack; p < mine.pack_end; ++p)
-    for (int64_t k = 0; k < 4 * H; ++k)
-      for (int64_t v = 0; v < 2; ++v) {
-        const int64_t u = (p * 2 + v) * L;
-        a.panels[(p * 4 * H + k) * 2 + v] = u < H ? load(a.w_hh + k * H + u, H - u) : Vec<T>{};
+template <typename P>
+void backward(const Backward<P>& a, const std::vector<Step>& steps, const Share& mine) {
+  using S = typename P::Sum;
+  using Word = typename P::Word;
+  constexpr int L = kLanes<S>, most = kTileRows<kVectors>;
+  const int64_t I = a.I, H = a.H, wide = padded<typename P::Number>(4 * H);
+  const int64_t K = 4 * H / P::numbers, units = ceil_div(H, L);  // vectors of units; then those of x
+  int64_t panel = 0;
+  for_pieces(mine.panel, mine.panel_end, kVectors, [&](int64_t v0, int64_t v1) {
+    if (mine.alone && panel++ % mine.count != mine.id) return;  // another thread packs it
+    auto* to = a.panels + v0 * K;
+    for (int64_t k = 0; k < K; ++k)
+      for (int64_t v = v0; v < v1; ++v, ++to) {
+        const int64_t width = v < units ? H : I, column = (v < units ? v : v - units) * L;
+        const auto* w = (v < units ? a.w_hh : a.w_ih) + k * P::numbers * width + column;
+        *to = P::words(w, w + width, width - column);
       }
+  });
   barrier();
-  const int64_t u0 = mine.panel * 2 * L, u1 = std::min(H, mine.panel_end * 2 * L);
-  for (size_t t = steps.size(); t-- > 0;) {
-    const Step& s = steps[t];
-    const int64_t row_end = std::min(mine.row_end, s.rows);
-    const int64_t later = t + 1 < steps.size() ? steps[t + 1].going : 0;  // rows that have a da'
-    const T* before = a.da_now + t % 2 * B * wide;
-    T* after = a.da_now + (t + 1) % 2 * B * wide;
-    for (int64_t k = 0; k < 4 * H; k += kBlock)  // a block of da' stays near for all panels
-      for (int64_t p = mine.panel; p < mine.panel_end; ++p)
-        for_tiles(mine.row, std::min(row_end, later), kTileRows<2>, [&](int64_t b0, int64_t b1) {
-          Vec<T>* sum = a.sums + (p * B + b0) * 2;
-          if (k == 0) std::fill(sum, sum + (b1 - b0) * 2, Vec<T>{});
-          product<T, 2>(b1 - b0, before + b0 * wide + k, wide, a.panels + (p * 4 * H + k) * 2,
-                        std::min<int64_t>(kBlock, 4 * H - k), sum);
-        });
-    for (int64_t b = mine.row; b < row_end; ++b) {
-      const int64_t row = s.row + b;
-      const T* c_before = b < s.going ? a.c + (s.prev + b) * H : a.c0 + b * H;
-      for (int64_t u = u0; u < u1; u += L) {
-        const int64_t n = H - u;
-        const T* gates = a.gates + row * 4 * H + u;
-        const Vec<T> i = load(gates, n), f = load(gates + H, n);
-        const Vec<T> g = load(gates + 2 * H, n), o = load(gates + 3 * H, n);
-        const Vec<T> tanh_c = tanh<T>(load(a.c + row * H + u, n)), c = load(c_before + u, n);
-        const Vec<T> sum = b < later ? a.sums[(u / (2 * L) * B + b) * 2 + u / L % 2] : Vec<T>{};
-        const Vec<T> dh = load(a.dh + row * H + u, n) + sum;
-        Vec<T> dc = load(a.dc0 + b * H + u, n) + dh * o * (1 - tanh_c * tanh_c);
-        if (a.dc) dc += load(a.dc + row * H + u, n);
-        store(a.dc0 + b * H + u, dc * f, n);
-        const Vec<T> da[4] = {dc * g * i * (1 - i), dc * c * f * (1 - f), dc * i * (1 - g * g),
-                              dh * tanh_c * o * (1 - o)};
-        for (int64_t gate = 0; gate < 4; ++gate) {
-          store(after + b * wide + gate * H + u, da[gate], n);
-          store(a.da + row * 4 * H + gate * H + u, da[gate], n);
-        }
-      }
+  auto cell = [&](const Step& s, int64_t b, int64_t u, int64_t n, Vec<S> dh,
+                  typename P::Number* after) __attribute__((always_inline)) {
+    const int64_t row = s.row + b;
+    const auto* c_before = b < s.going ? a.c + (s.prev + b) * H : a.c0 + b * H;
+    const auto* gates = a.gates + row * 4 * H + u;
+    const Vec<S> i = load(gates, n), f = load(gates + H, n);
+    const Vec<S> g = load(gates + 2 * H, n), o = load(gates + 3 * H, n);
+    const Vec<S> tanh_c = P::tanh(load(a.c + row * H + u, n)), c = load(c_before + u, n);
+    dh += load(a.dh + row * H + u, n);
+    Vec<S> dc = load(a.dc_now + b * H + u, n) + dh * o * (1 - tanh_c * tanh_c);
+    if (a.dc) dc += load(a.dc + row * H + u, n);
+    store(a.dc_now + b * H + u, dc * f, n);
+    const Vec<S> da[4] = {dc * g * i * (1 - i), dc * c * f * (1 - f), dc * i * (1 - g * g),
+                          dh * tanh_c * o * (1 - o)};
+    for (int64_t gate = 0; gate < 4; ++gate) {
+      store(after + b * wide + gate * H + u, da[gate], n);
+      store(a.da + (row * 4 + gate) * H + u, da[gate], n);
     }
+  };
+  const Step nothing{0, 0, 0, 0};
+  for (int64_t t = steps.size(); t-- >= 0;) {  // the last round, -1, is for what step 0 hands on
+    const Step& s = t >= 0 ? steps[t] : nothing;
+    const Step& later = t + 1 < int64_t(steps.size()) ? steps[t + 1] : nothing;
+    const auto* before = a.da_now + (t + 1) % 2 * a.B * wide;
+    auto* after = a.da_now + (t + 2) % 2 * a.B * wide;
+    for_pieces(mine.panel, mine.panel_end, kVectors, [&](int64_t v0, int64_t v1) {
+      for_pieces(0, mine.rows(std::max(s.rows, later.rows)), most, [&](int64_t j0, int64_t j1) {
+        const int64_t rows = std::min(j1, mine.rows(later.rows)) - j0, V = v1 - v0;
+        const int64_t b0 = mine.row + j0 * mine.every;
+        for (int64_t b = b0; b < std::min(s.rows, b0 + (j1 - j0) * mine.every); b += mine.every)
+          for (int64_t u = v0 * L; u < std::min(v1, units) * L; u += L) {  // fetch what `cell` wants
+            const int64_t row = s.row + b;
+            for (int64_t gate = 0; gate < 4; ++gate) {
+              __builtin_prefetch(a.gates + (row * 4 + gate) * H + u);
+              __builtin_prefetch(a.da + (row * 4 + gate) * H + u, 1);
+            }
+            __builtin_prefetch(a.c + row * H + u), __builtin_prefetch(a.dh + row * H + u);
+          }
+        Vec<S> sum[most * kVectors] = {};
+        for (int64_t k = 0; rows > 0 && k < K; k += kBlock)
+          product<P, kVectors>(rows, V, a.panels + v0 * K + k * V, sum,
+                               (const Word*)(before + b0 * wide) + k,
+                               mine.every * wide / P::numbers, 1, std::min(kBlock, K - k));
+        for (int64_t r = 0; r < j1 - j0; ++r)
+          for (int64_t v = v0; v < v1; ++v) {
+            const int64_t b = b0 + r * mine.every, u = v * L, column = u - units * L;
+            const Vec<S> from_later = sum[r * V + v - v0];
+            if (v >= units) {
+              if (b < later.rows) store(a.dx + (later.row + b) * I + column, from_later, I - column);
+              continue;
+            }
+            if (later.going <= b && b < later.rows) store(a.dh0 + b * H + u, from_later, H - u);
+            if (b >= s.rows) continue;
+            const Vec<S> dh = b < later.going ? from_later : Vec<S>{};
+            if (u + L <= H) cell(s, b, u, L, dh, after);
+            else cell(s, b, u, H - u, dh, after);
+          }
+      });
+    });
     if (!mine.alone) barrier();
   }
-  for (int64_t b = mine.row; b < mine.row_end; ++b)  // what its first step hands to h0
-    for (int64_t u = u0; u < u1; u += 2 * L) {
-      Vec<T> sum[2] = {};
-      product<T, 2>(1, a.da + a.first[b] * 4 * H, 0, a.panels + u / (2 * L) * 8 * H, 4 * H, sum);
-      for (int64_t v = 0; v < 2 && u + v * L < H; ++v)
-        store(a.dh0 + b * H + u + v * L, sum[v], H - u - v * L);
-    }
 }
 
 // ---- The operators ----
 
-bool is_bf16(const at::Tensor& t) { return t.scalar_type() == at::kBFloat16; }
+// Pairs of bfloat16 want an even number of columns.
+template <typename P> at::Tensor whole_words(const at::Tensor& t) {
+  return (t.size(1) % P::numbers ? at::constant_pad_nd(t, {0, 1}) : t).contiguous();
+}
+
+template <typename P, typename W = typename P::Number>
+Three run_forward(const at::Tensor& x, const at::Tensor& w_ih, const at::Tensor& bias,
+                  const at::Tensor& h0, const at::Tensor& c0, const at::Tensor& w_hh,
+                  at::IntArrayRef sizes, bool reverse, bool save) {
+  using T = typename P::Number;
+  using S = typename P::Sum;
+  const auto type = c10::CppTypeToScalarType<T>::value, sum_type = c10::CppTypeToScalarType<S>::value;
+  const auto like = x.options().dtype(type), floats = x.options().dtype(sum_type);
+  const int64_t N = x.size(0), B = h0.size(0), H = h0.size(1), wide = padded<T>(H);
+  const bool few = N <= kFew && P::numbers == 1;
+  const int64_t panels = ceil_div(H, kLanes<S>);
+  auto h = fresh({N, H}, like), c_now = fresh({B, H}, floats).copy_(c0);
+  auto c = save ? reused({N, H}, like) : c_now, gates = reused({save ? N : 0, 4 * H}, like);
+  const auto x_ = whole_words<P>(x.to(type)), bias_ = bias.to(sum_type).contiguous();
+  const auto w_ih_ = whole_words<P>(w_ih), w_hh_ = whole_words<P>(w_hh);
+  const int64_t I = x_.size(1), K = (I + w_hh_.size(1)) / P::numbers;
+  auto packed = fresh({few ? 0 : panels, K, 4 * kBytes}, like.dtype(at::kByte));
+  auto h_now = at::zeros({2, B, wide}, like);
+  h_now.narrow(2, 0, H).copy_(h0);  // both: a sequence may begin at any step
+  Forward<P, W> a{data<T>(x_), data<W>(w_ih_), data<W>(w_hh_), data<S>(bias_), data<T>(h),
+                  save ? data<T>(c) : nullptr, save ? data<T>(gates) : nullptr,
+                  few ? nullptr : data<typename P::Words>(packed), data<T>(h_now), data<S>(c_now),
+                  B, I, H};
+  const auto steps = walk(sizes, reverse);
+  team(panels, B, 4.0 * H * K * sizeof(typename P::Word), [&](const Share& mine) {
+    forward(a, steps, mine);
+  });
+  return {h, c.to(type), gates};
+}
+
+template <typename P>
+Four run_backward(const at::Tensor& dh, const std::optional<at::Tensor>& dc,
+                  const at::Tensor& gates, const at::Tensor& c, const at::Tensor& c0,
+                  const std::optional<at::Tensor>& w_ih, const at::Tensor& w_hh,
+                  at::IntArrayRef sizes, bool reverse) {
+  using T = typename P::Number;
+  using S = typename P::Sum;
+  const auto like = dh.options(), floats = like.dtype(c10::CppTypeToScalarType<S>::value);
+  const int64_t N = dh.size(0), B = c0.size(0), H = c0.size(1), I = w_ih ? w_ih->size(1) : 0;
+  const int64_t vectors = ceil_div(H, kLanes<S>) + ceil_div(I, kLanes<S>), K = 4 * H / P::numbers;
+  auto da = reused({N, 4 * H}, like), dx = fresh({N, I}, like);
+  auto dh0 = at::zeros({B, H}, like), dc_now = at::zeros({B, H}, floats);
+  const auto dh_ = dh.contiguous(), gates_ = gates.contiguous(), c_ = c.contiguous();
+  const auto c0_ = c0.contiguous(), w_hh_ = w_hh.contiguous();
+  const auto dc_ = dc ? dc->contiguous() : at::Tensor();
+  const auto w_ih_ = w_ih ? w_ih->contiguous() : at::Tensor();
+  auto packed = fresh({vectors, K, kBytes}, like.dtype(at::kByte));
+  auto da_now = fresh({2, B, padded<T>(4 * H)}, like);
+  Backward<P> a{data<T>(dh_), dc ? data<T>(dc_) : nullptr, data<T>(gates_), data<T>(c_),
+                data<T>(c0_), w_ih ? data<T>(w_ih_) : nullptr, data<T>(w_hh_), data<T>(da),
+                data<T>(dx), data<T>(dh0), data<S>(dc_now), data<typename P::Words>(packed),
+                data<T>(da_now), B, I, H};
+  const auto steps = walk(sizes, reverse);
+  team(vectors, B, 4.0 * H * (H + I) * sizeof(T), [&](const Share& mine) {
+    backward(a, steps, mine);
+  });
+  return {da, dx, dh0, dc_now.to(like.dtype())};
+}
+
+template <typename... Tensors> auto all_to(at::ScalarType type, const Tensors&... tensors) {
+  return std::tuple(tensors.to(type)...);
+}
 
 }  // namespace
 
 Three forward_fast(const at::Tensor& x, const at::Tensor& w_ih, const at::Tensor& bias,
                    const at::Tensor& h0, const at::Tensor& c0, const at::Tensor& w_hh,
                    at::IntArrayRef sizes, bool reverse, bool save) {
-  const int64_t N = x.size(0), I = x.size(1), B = h0.size(0), H = h0.size(1);
-  const bool few = N <= kFew, tiles = !few && bf16_serves(w_hh.options(), B, H);
-  // Without tiles, bfloat16 is computed in float32; only the weights are read as they are.
-  const auto type = w_hh.scalar_type(), computed = is_bf16(w_hh) && !tiles ? at::kFloat : type;
-  const auto like = w_hh.options().dtype(computed);
-  auto h = fresh({N, H}, like), c_now = fresh({B, H}, like).copy_(c0);
-  auto c = save ? fresh({N, H}, like) : c_now, gates = reused({save ? N : 0, 4 * H}, like);
-  if (N == 0) return {h.to(type), c.to(type), gates.to(type)};
-  const auto x_ = x.to(computed).contiguous(), bias_ = bias.to(computed).contiguous();
-  const auto h0_ = h0.to(computed).contiguous();
-  const auto w_ih_ = w_ih.contiguous(), w_hh_ = w_hh.contiguous();
-  if (tiles) {
-    auto end = forward_bf16(x_, w_ih_, bias_, h0_, c0, w_hh_, sizes, reverse, h, c, gates);
-    if (end.defined()) return {h, save ? c : end.to(type), gates};
-  }
-  auto compute = [&](auto number, auto weight) {
-    using T = decltype(number);
-    using W = decltype(weight);
-    const int64_t panels = (H + kLanes<T> - 1) / kLanes<T>;
-    at::Tensor packed = fresh({few ? 0 : panels, I + H, 4 * kLanes<T>}, like);
-    at::Tensor h_now = fresh({2, B, padded<T>(H)}, like);
-    for (int64_t b = 0; b < 2 * B; ++b)  // both: a sequence may begin at any step
-      std::copy_n(h0_.const_data_ptr<T>() + b % B * H, H, h_now.data_ptr<T>() + b * padded<T>(H));
-    Forward<T, W> a{x_.const_data_ptr<T>(), bias_.const_data_ptr<T>(), w_ih_.const_data_ptr<W>(),
-                    w_hh_.const_data_ptr<W>(), h.data_ptr<T>(), c.data_ptr<T>(),
-                    save ? gates.data_ptr<T>() : nullptr,
-                    few ? nullptr : reinterpret_cast<Vec<T>*>(packed.data_ptr<T>()),
-                    h_now.data_ptr<T>(), c_now.data_ptr<T>(), B, I, H};
-    const auto steps = walk(sizes, reverse);
-    team(panels, 1, sizes, 4.0 * H * (I + H) * sizeof(T), [&](const Share& mine) {
-      forward(a, steps, mine);
-    });
+  auto run = [&](auto compute) {
+    return compute(x, w_ih, bias, h0, c0, w_hh, sizes, reverse, save);
   };
-  if (type == at::kBFloat16) compute(float{}, at::BFloat16{});
-  else if (type == at::kFloat) compute(float{}, float{});
-  else compute(double{}, double{});
-  return {h.to(type), c.to(type), gates.to(type)};
+  if (x.size(0) > kFew)
+    if (auto found = run(forward_amx)) return *found;
+  if (w_hh.scalar_type() == at::kDouble) return run(run_forward<Singles<double>>);
+  if (w_hh.scalar_type() == at::kFloat) return run(run_forward<Singles<float>>);
+#ifdef __AVX512BF16__
+  if (kernel() >= Kernel::avx512_bf16 && x.size(0) > kFew) return run(run_forward<Pairs>);
+#endif
+  // In float32. Few rows read the weights as they are.
+  auto [h, c, gates] = x.size(0) <= kFew
+      ? run(run_forward<Singles<float>, at::BFloat16>)
+      : run_forward<Singles<float>>(x, w_ih.to(at::kFloat), bias, h0, c0, w_hh.to(at::kFloat),
+                                    sizes, reverse, save);
+  return all_to(at::kBFloat16, h, c, gates);
 }
 
 Four backward_fast(const at::Tensor& dh, const std::optional<at::Tensor>& dc,
                    const at::Tensor& gates, const at::Tensor& c, const at::Tensor& c0,
                    const std::optional<at::Tensor>& w_ih, const at::Tensor& w_hh,
                    at::IntArrayRef sizes, bool reverse) {
-  const int64_t N = gates.size(0), B = c0.size(0), H = c0.size(1);
-  const auto like = w_hh.options();
-  if (is_bf16(w_hh) && !bf16_serves(like, B, H)) {
-    std::optional<at::Tensor> dc_, w_ih_;
-    if (dc) dc_ = dc->to(at::kFloat);
-    if (w_ih) w_ih_ = w_ih->to(at::kFloat);
-    auto [da, dx, dh0, dc0] = backward_fast(dh.to(at::kFloat), dc_, gates.to(at::kFloat),
-                                            c.to(at::kFloat), c0.to(at::kFloat), w_ih_,
-                                            w_hh.to(at::kFloat), sizes, reverse);
-    return {da.to(at::kBFloat16), dx.to(at::kBFloat16), dh0.to(at::kBFloat16),
-            dc0.to(at::kBFloat16)};
-  }
-  auto da = reused({N, 4 * H}, like), dh0 = at::zeros({B, H}, like), dc0 = at::zeros({B, H}, like);
-  if (N == 0) return {da, find_dx(da, w_ih), dh0, dc0};
-  const auto dh_ = dh.contiguous(), gates_ = gates.contiguous(), c_ = c.contiguous();
-  const auto c0_ = c0.contiguous(), w_hh_ = w_hh.contiguous();
-  const auto dc_ = dc ? dc->contiguous() : at::Tensor();
-  if (bf16_serves(like, B, H)) {
-    const auto w_ih_ = w_ih ? w_ih->contiguous() : at::Tensor();
-    auto dx = fresh({N, w_ih ? w_ih->size(1) : 0}, like);
-    auto dc_now = backward_bf16(dh_, dc_, gates_, c_, c0_, w_ih_, w_hh_, sizes, reverse, da, dx,
-                                dh0);
-    if (dc_now.defined()) return {da, dx, dh0, dc_now.to(like.dtype())};
-  }
-  AT_DISPATCH_FLOATING_TYPES(w_hh.scalar_type(), "lstm_backward", [&] {
-    using T = scalar_t;
-    const int64_t panels = (H + 2 * kLanes<T> - 1) / (2 * kLanes<T>);
-    auto packed = fresh({panels, 4 * H, 2 * kLanes<T>}, like);
-    auto sums = fresh({panels, B, 2 * kLanes<T>}, like);
-    auto da_now = fresh({2, B, padded<T>(4 * H)}, like);
-    const auto steps = walk(sizes, reverse);
-    const auto first = first_rows(steps, B);
-    Backward<T> a{dh_.const_data_ptr<T>(), dc ? dc_.const_data_ptr<T>() : nullptr,
-                  gates_.const_data_ptr<T>(), c_.const_data_ptr<T>(), c0_.const_data_ptr<T>(),
-                  w_hh_.const_data_ptr<T>(), da.data_ptr<T>(), dh0.data_ptr<T>(),
-                  dc0.data_ptr<T>(), reinterpret_cast<Vec<T>*>(packed.data_ptr<T>()),
-                  reinterpret_cast<Vec<T>*>(sums.data_ptr<T>()), da_now.data_ptr<T>(),
-                  first.data(), B, H};
-    team(panels, 1, sizes, 4.0 * H * H * sizeof(T), [&](const Share& mine) {
-      backward<T>(a, steps, mine);
-    });
-  });
-  return {da, find_dx(da, w_ih), dh0, dc0};
+  auto run = [&](auto compute) {
+    return compute(dh, dc, gates, c, c0, w_ih, w_hh, sizes, reverse);
+  };
+  if (auto found = run(backward_amx)) return *found;
+  if (w_hh.scalar_type() == at::kDouble) return run(run_backward<Singles<double>>);
+  if (w_hh.scalar_type() == at::kFloat) return run(run_backward<Singles<float>>);
+#ifdef __AVX512BF16__
+  if (kernel() >= Kernel::avx512_bf16) return run(run_backward<Pairs>);
+#endif
+  std::optional<at::Tensor> dc_, w_ih_;
+  if (dc) dc_ = dc->to(at::kFloat);
+  if (w_ih) w_ih_ = w_ih->to(at::kFloat);
+  auto [da, dx, dh0, dc0] = run_backward<Singles<float>>(
+      dh.to(at::kFloat), dc_, gates.to(at::kFloat), c.to(at::kFloat), c0.to(at::kFloat), w_ih_,
+      w_hh.to(at::kFloat), sizes, reverse);
+  return all_to(at::kBFloat16, da, dx, dh0, dc0);
 }
 
 }  // namespace rnn

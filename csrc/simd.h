@@ -6,18 +6,19 @@
 #include <c10/util/BFloat16.h>
 
 #include <cstdint>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 namespace rnn {
 namespace {
 
-// kRows: so many rows that a tile of kRows x 2 or kRows/2 x 4 sums, with the weights and a value of
-// the input, just fits the registers.
 #if defined(__AVX512F__)
-constexpr int kBytes = 64, kRows = 12;  // of 32 registers
+constexpr int kBytes = 64;
 #elif defined(__AVX__)
-constexpr int kBytes = 32, kRows = 6;  // of 16
+constexpr int kBytes = 32;
 #else
-constexpr int kBytes = 16, kRows = 6;  // SSE has 16, Arm 32
+constexpr int kBytes = 16;  // SSE, Arm
 #endif
 
 template <typename T> struct Simd;
@@ -34,6 +35,9 @@ template <> struct Simd<double> {
   typedef int64_t I __attribute__((vector_size(kBytes)));
   static constexpr int mantissa = 52, bias = 1023, terms = 14;
   static constexpr double largest = 354;
+};
+template <> struct Simd<uint32_t> {
+  typedef uint32_t V __attribute__((vector_size(kBytes)));
 };
 template <typename T> using Vec = typename Simd<T>::V;
 template <typename T> constexpr int kLanes = kBytes / sizeof(T);
@@ -64,6 +68,14 @@ template <typename T> inline void store(T* p, Vec<T> v, int64_t n) {
   if (n >= kLanes<T>) *reinterpret_cast<Unaligned*>(p) = v;
   else for (int64_t j = 0; j < n; ++j) p[j] = v[j];
 }
+
+#ifdef __AVX512BF16__
+inline void store(c10::BFloat16* p, Vec<float> v, int64_t n) {
+  typedef uint16_t Half __attribute__((vector_size(kBytes / 2), aligned(2), may_alias));
+  if (n >= kLanes<float>) *reinterpret_cast<Half*>(p) = (Half)_mm512_cvtneps_pbh((__m512)v);
+  else for (int64_t j = 0; j < n; ++j) p[j] = v[j];
+}
+#endif
 
 // e^x - 1, exact to the last bits also near 0: with x = n ln2 + r, |r| <= ln2 / 2, it is
 // 2^n (e^r - 1) + (2^n - 1), and e^r - 1 is its Taylor series. NaN stays NaN.

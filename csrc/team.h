@@ -11,6 +11,7 @@
 #endif
 #ifdef __linux__
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 namespace rnn {
@@ -22,15 +23,19 @@ inline void barrier() {
 #endif
 }
 
-// What one thread does. Either some rows of the batch for all units: then it never needs what
-// another one has computed. Or some units for all rows: then its part of the weights stays in its
-// own cache, but every step must wait for all threads to end the one before. Units come in panels,
-// rows in tiles of `tile` rows.
+// What one thread does. Either some rows of the batch for all panels of units: then it never needs
+// what another one has computed. Every count-th row, so that also steps of fewer and fewer rows are
+// shared fairly. Or some panels for all rows: then its part of the weights stays in its own cache,
+// but every step must wait for all threads to end the one before.
 struct Share {
-  int64_t row, row_end, panel, panel_end;
-  int64_t pack, pack_end;  // panels to copy at the beginning
-  int64_t id, count;       // this thread, of so many
-  bool alone;
+  int64_t row, every;            // rows row, row + every, row + 2 every, ..
+  int64_t panel, panel_end;
+  int64_t id, count;             // this thread, of so many
+  bool alone;                    // it has rows of its own
+
+  int64_t rows(int64_t n) const {  // how many it has of the first n rows
+    return n > row ? (n - row + every - 1) / every : 0;
+  }
 };
 
 // Runs body(id, count) on a team of at most `most` threads. It may be smaller than asked for, and
@@ -46,27 +51,25 @@ template <typename Body> void team_of(int64_t most, const Body& body) {
 #endif
 }
 
-// Whether each of so many threads may take rows of its own: the weights fit each one's cache, and
-// halves of the rows are halves of the work, as all sequences are equally long.
-inline bool can_share_rows(at::IntArrayRef sizes, double weight_bytes, int64_t threads) {
-  return sizes.back() == sizes[0] && sizes[0] >= 4 * threads && weight_bytes <= 1.6e6;
+inline int64_t cache_bytes() {  // of a core's own second-level cache
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  static const int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (bytes > 0) return bytes;
+#endif
+  return 1 << 20;
 }
 
-// Runs body(share) on a team.
+// Runs body(share) on a team, for B rows. With rows of its own a thread reads all weights in every
+// step: from its own cache, or for so many rows that it does not matter where they come from.
 template <typename Body>
-void team(int64_t panels, int64_t tile, at::IntArrayRef sizes, double weight_bytes,
-          const Body& body) {
-  const int64_t B = sizes[0], tiles = (B + tile - 1) / tile;
+void team(int64_t panels, int64_t B, double weight_bytes, const Body& body) {
   auto share = [&](int64_t id, int64_t count) {
-    const int64_t p0 = panels * id / count, p1 = panels * (id + 1) / count;
-    const bool even = tiles % count == 0 || tiles >= 16 * count;
-    if (even && can_share_rows(sizes, weight_bytes, count))
-      return Share{tiles * id / count * tile, std::min(B, tiles * (id + 1) / count * tile), 0,
-                   panels, p0, p1, id, count, true};
-    return Share{0, B, p0, p1, p0, p1, id, count, false};
+    if (B >= 16 * count || (B >= 4 * count && weight_bytes <= cache_bytes()))
+      return Share{id, count, 0, panels, id, count, true};
+    return Share{0, 1, panels * id / count, panels * (id + 1) / count, id, count, false};
   };
   // One thread if a step would take less time than the barrier.
-  team_of(B * weight_bytes < 2e5 ? 1 : panels,
+  team_of(B * weight_bytes < 2e5 ? 1 : std::max(panels, B),
           [&](int64_t id, int64_t count) { body(share(id, count)); });
 }
 
@@ -87,12 +90,9 @@ inline std::vector<Step> walk(at::IntArrayRef sizes, bool reverse) {
   return steps;
 }
 
-// The row in which each of B sequences begins.
-inline std::vector<int64_t> first_rows(const std::vector<Step>& steps, int64_t B) {
-  std::vector<int64_t> first(B);
-  for (const Step& s : steps)
-    for (int64_t b = s.going; b < s.rows; ++b) first[b] = s.row + b;
-  return first;
+template <typename T> T* data(at::Tensor& t) { return static_cast<T*>(t.data_ptr()); }
+template <typename T> const T* data(const at::Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
 }
 
 // An uninitialised tensor. A large one is fresh memory, and the first touch of each of its 4 KiB
@@ -108,12 +108,12 @@ inline at::Tensor fresh(at::IntArrayRef shape, const at::TensorOptions& options)
   return t;
 }
 
-// The same for the largest tensors of all, gates and their gradients. malloc gives what is larger
-// than 32 MiB back to the system at once, and fresh memory costs up to a fifth of a training step:
+// The same for the largest tensors of all: gates, their gradients, the cell's states. malloc gives
+// large blocks back to the system, and to touch fresh memory costs up to a fifth of a training step:
 // so the last few blocks that tensors have given back are kept, for the next ones: half a GiB at
 // most.
 inline at::Tensor reused(at::IntArrayRef shape, const at::TensorOptions& options) {
-  constexpr int64_t least = 32 << 20, most = 512 << 20;
+  constexpr int64_t least = 1 << 20, most = 512 << 20;
   const int64_t bytes = c10::multiply_integers(shape) * options.dtype().itemsize();
   if (bytes < least) return fresh(shape, options);
   static auto& mutex = *new std::mutex;  // never destroyed: a tensor may live until the very end

@@ -11,9 +11,17 @@ and over, on the same input; what is printed are medians, and the medians of the
 neighbours, since machines are noisy. roof: what part of the speed of one large matrix product
 (2048 x 2048 in float32, measured just before) the layer's arithmetic reaches. On a GPU the times
 are those of CUDA events, and TF32 is off: all three compute with float32's own products.
+
+The first line says on which CPU, with which instruction sets, and which kernel ran: the best that
+the CPU has, or the one that RNN_KERNEL names. --json FILE writes all lines of all tables.
 """
 
 import argparse
+import json
+import os
+import pathlib
+import platform
+import re
 import resource
 import statistics
 import subprocess
@@ -32,6 +40,20 @@ SHAPES = [(32, 35, 64, 256), (50, 50, 65, 128), (64, 100, 128, 512), (1, 100, 64
 
 GPU_SHAPES = [(B, T, H, H) for B in (16, 64) for T in (128, 1024) for H in (256, 512, 768, 1024)]
 TYPES = ["float32", "float64", "float16", "bfloat16"]
+
+
+RESULTS = []  # of all tables, a dict for each line
+
+
+def cpu():
+    """The CPU's name, and those of its instruction sets that matter here."""
+    path = pathlib.Path("/proc/cpuinfo")
+    text = path.read_text() if path.exists() else ""
+    name = re.search(r"^model name\s*: (.*)", text, re.M)
+    flags = re.search(r"^(?:flags|Features)\s*: (.*)", text, re.M)
+    flags = flags[1].split() if flags else []
+    sets = [s for s in ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd") if s in flags]
+    return name[1] if name else platform.processor(), sets
 
 
 def timed(function, calls=1, device="cpu"):
@@ -194,6 +216,8 @@ def cpu_table(work, name, threads, args):
         ratios.append([ratio(other, times[0]) for other in times[1:]])
         fused = statistics.median(times[0])
         roof = flop / fused / (2 * 2048**3 / statistics.median(gemm))
+        RESULTS.append({"work": work, "dtype": name, "threads": threads, "shape": SHAPES[k],
+                        "fused_s": fused, "nn_over_fused": ratios[-1][0], "roof": roof})
         print("".join(f"{n:5}" for n in SHAPES[k]) + f"{fused * 1e3:11.3f}"
               f"{ratios[-1][0]:15.2f}{''.join(f'{r:13.2f}' for r in ratios[-1][1:]):13}{roof:7.0%}",
               flush=True)
@@ -201,6 +225,17 @@ def cpu_table(work, name, threads, args):
     means = "".join(f"{statistics.geometric_mean(column):13.2f}" for column in columns)
     least = ", ".join(f"{min(column):.2f}" for column in columns)
     print(f"geometric mean{means:>{19 + 13 * len(columns)}}   (least {least})", flush=True)
+
+
+def cpu_tables(args):
+    for threads in args.threads:
+        torch.set_num_threads(threads)
+        if "sample" in args.work:
+            sample_table(threads, args.seconds)
+        for name in args.dtype or ["float32"]:
+            for work in args.work:
+                if work != "sample":
+                    cpu_table(work, name, threads, args)
 
 
 def gpu_tables(works, types, seconds):
@@ -217,6 +252,8 @@ def gpu_tables(works, types, seconds):
                 functions, _ = setup(shape, work, check, "cuda", dtype)
                 fused, theirs, plain = interleaved(functions, seconds, "cuda")
                 over_nn.append(ratio(theirs, fused))
+                RESULTS.append({"work": work, "dtype": name, "shape": shape,
+                                "fused_s": statistics.median(fused), "nn_over_fused": over_nn[-1]})
                 print("".join(f"{n:5}" for n in shape) + f"{statistics.median(fused) * 1e3:11.3f}"
                       f"{statistics.median(theirs) * 1e3:12.3f}{over_nn[-1]:15.2f}"
                       f"{ratio(plain, fused):13.2f}", flush=True)
@@ -235,26 +272,27 @@ def main():
     parser.add_argument("--shapes", type=int, nargs="+", default=range(len(SHAPES)))
     parser.add_argument("--seconds", type=float, default=4.0, help="for each line of the table")
     parser.add_argument("--no-plain", action="store_true")
+    parser.add_argument("--json", metavar="FILE", help="write all results there as well")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--peak", type=int, nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     rnn.build()
     if args.peak:
         return print(peak_memory(SHAPES[args.peak[0]], args.peak[1]))
+    machine = dict(zip(("cpu", "sets"), cpu()), torch=torch.__version__,
+                   kernel=os.environ.get("RNN_KERNEL") or torch.ops.rnn.kernels()[-1])
+    print(machine, flush=True)
     if args.device == "cuda":
         if not rnn.fused.has_cuda:
             parser.error("the fused LSTM was built without CUDA")
-        return gpu_tables(args.work, args.dtype or TYPES, args.seconds)
-    if args.memory:
-        return memory_table(args.shapes)
-    for threads in args.threads:
-        torch.set_num_threads(threads)
-        if "sample" in args.work:
-            sample_table(threads, args.seconds)
-        for name in args.dtype or ["float32"]:
-            for work in args.work:
-                if work != "sample":
-                    cpu_table(work, name, threads, args)
+        gpu_tables(args.work, args.dtype or TYPES, args.seconds)
+    elif args.memory:
+        memory_table(args.shapes)
+    else:
+        cpu_tables(args)
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump({**machine, "results": RESULTS}, file, indent=1)
 
 
 if __name__ == "__main__":

@@ -19,18 +19,8 @@
 //   columns  (pairs of column tiles, blocks of 32 numbers, parts, 2 tiles, 16 pairs of numbers,
 //             16 columns, 2 numbers): the instruction wants pairs of numbers side by side
 #pragma once
-#include "lstm.h"
-#include "simd.h"
+#include "../simd.h"
 
-#include <ATen/ATen.h>
-
-#include <cstring>
-
-#if defined(__AMXBF16__) && !defined(__AMX_BF16__)
-#define __AMX_BF16__ 1  // older versions of clang spell it so
-#endif
-
-#ifdef __AVX512BF16__
 #include <immintrin.h>
 
 namespace rnn {
@@ -111,30 +101,24 @@ struct Sums {
   int64_t stride, right, down;
 };
 
-#ifdef __AMX_BF16__
 // The tile registers' shapes, for this thread, while this object lives: sums 0 to 3, rows 4 and 5
 // (all of so many rows), columns 6 and 7.
 class TileRegisters {
  public:
-  TileRegisters(bool use, int64_t rows) : use(use) {
+  explicit TileRegisters(int64_t rows) {
     struct alignas(64) {
       uint8_t palette = 1, start = 0, reserved[14] = {};
       uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
       uint8_t rows[16] = {};
     } shapes;
     for (int k = 0; k < 8; ++k) shapes.rows[k] = k < 6 ? rows : 16;
-    if (use) _tile_loadconfig(&shapes);
+    _tile_loadconfig(&shapes);
   }
-  ~TileRegisters() {
-    if (use) _tile_release();
-  }
-
- private:
-  bool use;
+  ~TileRegisters() { _tile_release(); }
 };
 
 template <int P, int R, bool add, typename Between>
-void product_amx(const Bf16* rows, int64_t next, const Bf16* columns, int64_t blocks, Sums sums,
+void product(const Bf16* rows, int64_t next, const Bf16* columns, int64_t blocks, Sums sums,
                  Between& between) {
   const int64_t bytes = sums.stride * 4;
   float *const below = sums.at + (R - 1) * sums.down;
@@ -182,66 +166,15 @@ void product_amx(const Bf16* rows, int64_t next, const Bf16* columns, int64_t bl
   _tile_stored(2, below, bytes);
   _tile_stored(3, below + sums.right, bytes);
 }
-#else
-struct TileRegisters {
-  TileRegisters(bool, int64_t) {}
-};
-template <int P, int R, bool add, typename Between>
-void product_amx(const Bf16*, int64_t, const Bf16*, int64_t, Sums, Between&) {}
-#endif
-
-// The same with AVX-512 BF16, which multiplies 16 pairs at a time: twice as fast as float32, so not
-// worth while for three parts.
-template <int R, bool add>
-void product_avx512(const Bf16* rows, int64_t next, const Bf16* columns, int64_t blocks,
-                    Sums sums) {
-  constexpr int kHalf = 8;  // rows: two halves of a tile, one after the other
-  for (int half = 0; half < 2 * R; ++half) {
-    const Bf16* x = rows + half / 2 * next + half % 2 * kHalf * 32;
-    float* out = sums.at + half / 2 * sums.down + half % 2 * kHalf * sums.stride;
-    Floats sum[kHalf][2];
-    for (int r = 0; r < kHalf; ++r)
-      for (int v = 0; v < 2; ++v)
-        sum[r][v] = add ? _mm512_loadu_ps(out + r * sums.stride + v * sums.right) : Floats{};
-    for (int64_t k = 0; k < blocks * 16; ++k) {
-      const Bf16* w = columns + k / 16 * 2 * kTileNumbers + k % 16 * 32;
-      const auto w0 = (__m512bh)_mm512_load_si512(w);
-      const auto w1 = (__m512bh)_mm512_load_si512(w + kTileNumbers);
-      for (int r = 0; r < kHalf; ++r) {
-        int32_t pair;
-        std::memcpy(&pair, x + k / 16 * kTileNumbers + r * 32 + k % 16 * 2, 4);
-        const auto v = (__m512bh)_mm512_set1_epi32(pair);
-        sum[r][0] = _mm512_dpbf16_ps(sum[r][0], v, w0);
-        sum[r][1] = _mm512_dpbf16_ps(sum[r][1], v, w1);
-      }
-    }
-    for (int r = 0; r < kHalf; ++r)
-      for (int v = 0; v < 2; ++v)
-        _mm512_storeu_ps(out + r * sums.stride + v * sums.right, sum[r][v]);
-  }
-}
-
-inline bool use_amx() { return kernel() == Kernel::amx; }
-
 // sums = (or, with add, +=) up to two row tiles x one pair of column tiles, over so many blocks of
 // 32 numbers. `next`: from a row tile to the next one. `between` is called after each block, or not
 // at all: tiles are multiplied by a unit of their own, so other work can be done meanwhile.
 template <int P, bool add = false, typename Between>
-inline void product(bool amx, bool two, const Bf16* rows, int64_t next, const Bf16* columns,
-                    int64_t blocks, Sums sums, Between&& between) {
-  if (amx && two) product_amx<P, 2, add>(rows, next, columns, blocks, sums, between);
-  else if (amx) product_amx<P, 1, add>(rows, next, columns, blocks, sums, between);
-  else if constexpr (P == 1) {
-    if (two) product_avx512<2, add>(rows, next, columns, blocks, sums);
-    else product_avx512<1, add>(rows, next, columns, blocks, sums);
-  }
-}
-
-template <typename T> T* data(at::Tensor& t) { return static_cast<T*>(t.data_ptr()); }
-template <typename T> const T* data(const at::Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
+inline void product(bool two, const Bf16* rows, int64_t next, const Bf16* columns, int64_t blocks,
+                    Sums sums, Between&& between) {
+  if (two) product<P, 2, add>(rows, next, columns, blocks, sums, between);
+  else product<P, 1, add>(rows, next, columns, blocks, sums, between);
 }
 
 }  // namespace
 }  // namespace rnn
-#endif

@@ -7,15 +7,61 @@
 // double-buffered: one is read, one written for the next step. The columns are [W_ih W_hh]^T and,
 // backward, W_hh and W_ih.
 // From step to step the cell state and its gradient are float32, for both types of tensors.
-#include "lstm.h"
-#include "team.h"
+#include "amx.h"
+
+#ifdef __AMX_BF16__
+#include "../team.h"
 #include "tiles.h"
 
 #include <atomic>
 
-#ifdef __AVX512BF16__
 namespace rnn {
 namespace {
+
+// ---- Threads ----
+
+// What one thread does. Either some rows of the batch for all units: then it never needs what
+// another one has computed. Or some units for all rows: then its part of the weights stays in its
+// own cache, but every step must wait for all threads to end the one before. Units come in panels,
+// rows in tiles of `tile` rows.
+struct TileShare {
+  int64_t row, row_end, panel, panel_end;
+  int64_t pack, pack_end;  // panels to copy at the beginning
+  int64_t id, count;       // this thread, of so many
+  bool alone;
+};
+
+// Whether each of so many threads may take rows of its own: the weights fit each one's cache, and
+// halves of the rows are halves of the work, as all sequences are equally long.
+inline bool can_share_rows(at::IntArrayRef sizes, double weight_bytes, int64_t threads) {
+  return sizes.back() == sizes[0] && sizes[0] >= 4 * threads && weight_bytes <= 1.6e6;
+}
+
+// Runs body(share) on a team.
+template <typename Body>
+void team_of_tiles(int64_t panels, int64_t tile, at::IntArrayRef sizes, double weight_bytes,
+          const Body& body) {
+  const int64_t B = sizes[0], tiles = (B + tile - 1) / tile;
+  auto share = [&](int64_t id, int64_t count) {
+    const int64_t p0 = panels * id / count, p1 = panels * (id + 1) / count;
+    const bool even = tiles % count == 0 || tiles >= 16 * count;
+    if (even && can_share_rows(sizes, weight_bytes, count))
+      return TileShare{tiles * id / count * tile, std::min(B, tiles * (id + 1) / count * tile), 0,
+                   panels, p0, p1, id, count, true};
+    return TileShare{0, B, p0, p1, p0, p1, id, count, false};
+  };
+  // One thread if a step would take less time than the barrier.
+  team_of(B * weight_bytes < 2e5 ? 1 : panels,
+          [&](int64_t id, int64_t count) { body(share(id, count)); });
+}
+
+// The row in which each of B sequences begins.
+inline std::vector<int64_t> first_rows(const std::vector<Step>& steps, int64_t B) {
+  std::vector<int64_t> first(B);
+  for (const Step& s : steps)
+    for (int64_t b = s.going; b < s.rows; ++b) first[b] = s.row + b;
+  return first;
+}
 
 // ---- The nonlinearities ----
 //
@@ -82,7 +128,6 @@ template <typename T> struct Forward {
   Bf16 *columns, *rows[2];  // the operands
   float *sums, *c_now;      // (row tiles, unit tiles, 4 gates, 16, 16); (B,H)
   int64_t B, I, H, R;       // R rows stand in a row tile
-  bool amx;
   std::atomic<bool>* nan;  // becomes true if a result is NaN
 };
 
@@ -111,7 +156,7 @@ void put_weights(const T* w, int64_t row, int64_t exist, int64_t K, int64_t k, B
 }
 
 template <typename T>
-void forward(const Forward<T>& a, const std::vector<Step>& steps, const Share& mine) {
+void forward(const Forward<T>& a, const std::vector<Step>& steps, const TileShare& mine) {
   constexpr int P = kParts<T>;
   const int64_t I = round_up(a.I, 32), H = a.H, K = I + round_up(H, 32), R = a.R;
   const int64_t row_tile = K / 32 * P * kTileNumbers, pair = 2 * row_tile;
@@ -133,7 +178,7 @@ void forward(const Forward<T>& a, const std::vector<Step>& steps, const Share& m
   put_x(a, steps[0], x0, x1, a.rows[0], K);
   barrier();
 
-  TileRegisters registers(a.amx, R);
+  TileRegisters registers(R);
   __mmask16 nan = 0;
   for (size_t t = 0; t < steps.size(); ++t) {
     const Step& s = steps[t];
@@ -162,7 +207,7 @@ void forward(const Forward<T>& a, const std::vector<Step>& steps, const Share& m
     for (int64_t p = mine.panel; p < mine.panel_end; ++p) {
       for (int64_t q = p * 4; q < std::min(p * 4 + 4, (H + 15) / 16 * 2); ++q)
         for (int64_t b = mine.row; b < row_end; b += 2 * R)  // i and f, g and o of 16 units
-          product<P>(a.amx, b + R < row_end, before + b / R * row_tile, row_tile,
+          product<P>(b + R < row_end, before + b / R * row_tile, row_tile,
                      a.columns + q * pair, K / 32,
                      {a.sums + b / R * next + q * 2 * kSums, 16, kSums, next}, epilogue);
       epilogue.follow(p);
@@ -183,7 +228,6 @@ template <typename T> struct Backward {
   float *sums, *dc_now;  // (row tiles, unit tiles, 16, 16): da' W_hh; (B,H): dc' f', at first zero
   const int64_t* first;  // (B): the row in which each sequence begins
   int64_t B, I, H, R;           // I 0: no dx
-  bool amx;
   std::atomic<bool>* nan;  // becomes true if a result is NaN
 };
 
@@ -193,7 +237,7 @@ inline int64_t place(int64_t u, int64_t gate) { return u / 16 * 64 + gate * 16; 
 constexpr int64_t kAhead = 4;  // so many rows ahead, what backward reads is fetched
 
 template <typename T>
-void backward(const Backward<T>& a, const std::vector<Step>& steps, const Share& mine) {
+void backward(const Backward<T>& a, const std::vector<Step>& steps, const TileShare& mine) {
   constexpr int P = kParts<T>;
   const int64_t H = a.H, K = round_up(H, 16) * 4, R = a.R;
   const int64_t row_tile = K / 32 * P * kTileNumbers, pair = 2 * row_tile;
@@ -215,12 +259,12 @@ void backward(const Backward<T>& a, const std::vector<Step>& steps, const Share&
   for (int64_t q = x0; q < x1; ++q) pack(a.w_ih, a.I, q, a.columns + (panels + q) * pair);
   barrier();
 
-  TileRegisters registers(a.amx, R);
+  TileRegisters registers(R);
   // All products of this thread of `rows` with W_hh; `epilogue` follows, a panel behind.
   auto products = [&](const Bf16* rows, int64_t row_end, auto&& epilogue, auto&& done) {
     for (int64_t p = mine.panel; p < mine.panel_end; ++p) {
       for (int64_t b = mine.row; b < row_end; b += 2 * R)
-        product<P>(a.amx, b + R < row_end, rows + b / R * row_tile, row_tile, a.columns + p * pair,
+        product<P>(b + R < row_end, rows + b / R * row_tile, row_tile, a.columns + p * pair,
                    K / 32, {a.sums + b / R * next + p * 2 * kSums, 16, kSums, next}, epilogue);
       done(p);
     }
@@ -236,7 +280,7 @@ void backward(const Backward<T>& a, const std::vector<Step>& steps, const Share&
     const int64_t p0 = mine.alone ? 0 : x0, p1 = mine.alone ? panels_x : x1;
     for (int64_t p = p0; p < p1; ++p)
       for (int64_t b = mine.row; b < row_end; b += 2 * R) {
-        product<P>(a.amx, b + R < row_end, rows + b / R * row_tile, row_tile,
+        product<P>(b + R < row_end, rows + b / R * row_tile, row_tile,
                    a.columns + (panels + p) * pair, K / 32, {sums, 16, kSums, 2 * kSums}, epilogue);
         for (int64_t r = b; r < std::min(b + 2 * R, row_end); ++r)
           for (int64_t v = 0; v < 2; ++v) {
@@ -316,27 +360,30 @@ template <typename Body> void with_type(const at::TensorOptions& like, const Bod
   else body(Bf16{});
 }
 
-}  // namespace
-
-bool bf16_serves(const at::TensorOptions& like, int64_t B, int64_t H) {
-  if (like.dtype() == at::kBFloat16) return kernel() >= Kernel::avx512_bf16;
-  return like.dtype() == at::kFloat && use_amx() && B >= 16 && H >= 96;  // else float32 is quicker
+bool serves(const at::TensorOptions& like, int64_t B, int64_t H) {
+  if (kernel() != Kernel::amx) return false;
+  return like.dtype() == at::kBFloat16 ||
+         (like.dtype() == at::kFloat && B >= 16 && H >= 96);  // else float32 is quicker
 }
 
-at::Tensor forward_bf16(const at::Tensor& x, const at::Tensor& w_ih, const at::Tensor& bias,
-                        const at::Tensor& h0, const at::Tensor& c0, const at::Tensor& w_hh,
-                        at::IntArrayRef sizes, bool reverse, at::Tensor& h, at::Tensor& c,
-                        at::Tensor& gates) {
-  const auto like = x.options();
-  const int64_t B = h0.size(0), H = h0.size(1), I = x.size(1);
+}  // namespace
+
+std::optional<Three> forward_amx(const at::Tensor& x, const at::Tensor& w_ih,
+                                 const at::Tensor& bias, const at::Tensor& h0,
+                                 const at::Tensor& c0, const at::Tensor& w_hh,
+                                 at::IntArrayRef sizes, bool reverse, bool save) {
+  const auto like = x.options(), floats = like.dtype(at::kFloat);
+  const int64_t N = x.size(0), B = h0.size(0), H = h0.size(1), I = x.size(1);
+  if (N == 0 || !serves(like, B, H)) return {};
   const double weight_bytes = 8.0 * (like.dtype() == at::kFloat ? 3 : 1) * H * (I + H);
   const int64_t R = tile_rows(sizes, weight_bytes);
   const int64_t blocks = (I + 31) / 32 + (H + 31) / 32, tiles = (B + R - 1) / R;
   const int64_t panels = (H + 31) / 32;
-  auto c_now = c0.to(at::kFloat, /*non_blocking=*/false, /*copy=*/true,
-                     at::MemoryFormat::Contiguous);
-  const auto bias_ = bias.to(at::kFloat);
-  auto sums = fresh({tiles, panels, 2, 4, kSums}, like.dtype(at::kFloat));
+  auto h = fresh({N, H}, like), c = fresh({save ? N : 0, H}, like);
+  auto gates = reused({save ? N : 0, 4 * H}, like), c_now = fresh({B, H}, floats).copy_(c0);
+  const auto x_ = x.contiguous(), w_ih_ = w_ih.contiguous(), w_hh_ = w_hh.contiguous();
+  const auto h0_ = h0.contiguous(), bias_ = bias.to(at::kFloat).contiguous();
+  auto sums = fresh({tiles, panels, 2, 4, kSums}, floats);
   std::atomic<bool> nan = false;
   const auto steps = walk(sizes, reverse);
   with_type(like, [&](auto type) {
@@ -344,28 +391,35 @@ at::Tensor forward_bf16(const at::Tensor& x, const at::Tensor& w_ih, const at::T
     constexpr int P = kParts<T>;
     auto columns = fresh({panels * 4, blocks, P, 2, kTileNumbers}, like.dtype(at::kBFloat16));
     auto rows = at::zeros({2, tiles, blocks, P, kTileNumbers}, like.dtype(at::kBFloat16));
-    Forward<T> a{data<T>(x), data<T>(w_ih), data<T>(h0), data<T>(w_hh), data<float>(bias_),
-                 data<T>(h), data<T>(c), gates.size(0) ? data<T>(gates) : nullptr,
-                 data<Bf16>(columns), {data<Bf16>(rows), data<Bf16>(rows) + rows.numel() / 2},
-                 data<float>(sums), data<float>(c_now), B, I, H, R, use_amx(), &nan};
-    team(panels, R, sizes, weight_bytes, [&](const Share& mine) {
+    Forward<T> a{data<T>(x_), data<T>(w_ih_), data<T>(h0_), data<T>(w_hh_), data<float>(bias_),
+                 data<T>(h), data<T>(c), save ? data<T>(gates) : nullptr, data<Bf16>(columns),
+                 {data<Bf16>(rows), data<Bf16>(rows) + rows.numel() / 2}, data<float>(sums),
+                 data<float>(c_now), B, I, H, R, &nan};
+    team_of_tiles(panels, R, sizes, weight_bytes, [&](const TileShare& mine) {
       forward<T>(a, steps, mine);
     });
   });
-  return nan && like.dtype() == at::kFloat ? at::Tensor() : c_now;  // infinity has no parts
+  if (nan && like.dtype() == at::kFloat) return {};  // infinity has no parts
+  return Three{h, save ? c : c_now.to(like.dtype()), gates};
 }
 
-at::Tensor backward_bf16(const at::Tensor& dh, const at::Tensor& dc, const at::Tensor& gates,
-                         const at::Tensor& c, const at::Tensor& c0, const at::Tensor& w_ih,
-                         const at::Tensor& w_hh, at::IntArrayRef sizes, bool reverse,
-                         at::Tensor& da, at::Tensor& dx, at::Tensor& dh0) {
-  const auto like = dh.options();
-  const int64_t B = c0.size(0), H = c0.size(1), I = dx.size(1);
+std::optional<Four> backward_amx(const at::Tensor& dh, const std::optional<at::Tensor>& dc,
+                                 const at::Tensor& gates, const at::Tensor& c,
+                                 const at::Tensor& c0, const std::optional<at::Tensor>& w_ih,
+                                 const at::Tensor& w_hh, at::IntArrayRef sizes, bool reverse) {
+  const auto like = dh.options(), floats = like.dtype(at::kFloat);
+  const int64_t N = dh.size(0), B = c0.size(0), H = c0.size(1), I = w_ih ? w_ih->size(1) : 0;
+  if (N == 0 || !serves(like, B, H)) return {};
   const double weight_bytes = 8.0 * (like.dtype() == at::kFloat ? 3 : 1) * H * H;
   const int64_t R = tile_rows(sizes, weight_bytes);
   const int64_t blocks = (H + 15) / 16 * 2, tiles = (B + R - 1) / R, panels = (H + 31) / 32;
-  auto dc_now = at::zeros({B, H}, like.dtype(at::kFloat));
-  auto sums = fresh({tiles, panels, 2, kSums}, like.dtype(at::kFloat));
+  auto da = reused({N, 4 * H}, like), dx = fresh({N, I}, like), dh0 = at::zeros({B, H}, like);
+  const auto dh_ = dh.contiguous(), gates_ = gates.contiguous(), c_ = c.contiguous();
+  const auto c0_ = c0.contiguous(), w_hh_ = w_hh.contiguous();
+  const auto dc_ = dc ? dc->contiguous() : at::Tensor();
+  const auto w_ih_ = w_ih ? w_ih->contiguous() : at::Tensor();
+  auto dc_now = at::zeros({B, H}, floats);
+  auto sums = fresh({tiles, panels, 2, kSums}, floats);
   std::atomic<bool> nan = false;
   const auto steps = walk(sizes, reverse);
   const auto first = first_rows(steps, B);
@@ -375,28 +429,30 @@ at::Tensor backward_bf16(const at::Tensor& dh, const at::Tensor& dc, const at::T
     auto columns = fresh({panels + (I + 31) / 32, blocks, P, 2, kTileNumbers},
                          like.dtype(at::kBFloat16));
     auto rows = at::zeros({2, tiles, blocks, P, kTileNumbers}, like.dtype(at::kBFloat16));
-    Backward<T> a{data<T>(dh), dc.defined() ? data<T>(dc) : nullptr, data<T>(gates), data<T>(c),
-                  data<T>(c0), I ? data<T>(w_ih) : nullptr, data<T>(w_hh), data<T>(da),
+    Backward<T> a{data<T>(dh_), dc ? data<T>(dc_) : nullptr, data<T>(gates_), data<T>(c_),
+                  data<T>(c0_), I ? data<T>(w_ih_) : nullptr, data<T>(w_hh_), data<T>(da),
                   data<T>(dx), data<T>(dh0), data<Bf16>(columns),
                   {data<Bf16>(rows), data<Bf16>(rows) + rows.numel() / 2}, data<float>(sums),
-                  data<float>(dc_now), first.data(), B, I, H, R, use_amx(), &nan};
-    team(panels, R, sizes, weight_bytes, [&](const Share& mine) {
+                  data<float>(dc_now), first.data(), B, I, H, R, &nan};
+    team_of_tiles(panels, R, sizes, weight_bytes, [&](const TileShare& mine) {
       backward<T>(a, steps, mine);
     });
   });
-  return nan && like.dtype() == at::kFloat ? at::Tensor() : dc_now;
+  if (nan && like.dtype() == at::kFloat) return {};
+  return Four{da, dx, dh0, dc_now.to(like.dtype())};
 }
 
 }  // namespace rnn
 #else
 namespace rnn {
-bool bf16_serves(const at::TensorOptions&, int64_t, int64_t) { return false; }
-at::Tensor forward_bf16(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                        const at::Tensor&, const at::Tensor&, at::IntArrayRef, bool, at::Tensor&,
-                        at::Tensor&, at::Tensor&) { return {}; }
-at::Tensor backward_bf16(const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                         const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                         const at::Tensor&, at::IntArrayRef, bool, at::Tensor&, at::Tensor&,
-                         at::Tensor&) { return {}; }
+std::optional<Three> forward_amx(const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                 const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                 at::IntArrayRef, bool, bool) { return {}; }
+std::optional<Four> backward_amx(const at::Tensor&, const std::optional<at::Tensor>&,
+                                 const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                 const std::optional<at::Tensor>&, const at::Tensor&,
+                                 at::IntArrayRef, bool) { return {}; }
+std::optional<Three> weight_gradients_amx(const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                          const at::Tensor&, at::IntArrayRef, bool) { return {}; }
 }  // namespace rnn
 #endif

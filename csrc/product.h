@@ -1,0 +1,132 @@
+// The product that every kernel here is made of: a tile of a few rows times a panel of a few
+// vectors, with all sums in registers.
+//
+//     sums[r][v] += sum over k of x[r][k] * w[k][v]
+//
+// How numbers are multiplied is a policy, P:
+//
+//   Singles<T>   one number at a time, float or double, on any machine. The sums are T.
+//   Pairs        bfloat16 with AVX-512 BF16: one instruction multiplies 16 pairs of numbers with a
+//                pair and adds both products to 16 float32 sums. So it does twice the work.
+//
+// What is multiplied at a time, one number or a pair, is a Word. A row of x is read as it is: two
+// neighbours are a pair. Of a pair of weights, one comes from the row k of w, the other from k + 1.
+#pragma once
+#include "simd.h"
+
+namespace rnn {
+namespace {
+
+template <typename T> struct Singles {
+  using Number = T;  // of the tensors
+  using Sum = T;     // of the sums, and of the state from step to step
+  using Word = T;    // what is multiplied at a time
+  using Words = Vec<T>;
+  static constexpr int numbers = 1;  // in a Word
+
+  static void add(Vec<T>& sum, Word x, Words w) { sum += broadcast<T>(x) * w; }
+  // One Word for each of n columns, from as many rows as a Word has numbers.
+  static Words words(const T* row, const T*, int64_t n) { return load(row, n); }
+  static Vec<T> sum_of(Words w) { return w; }  // of a Word's numbers
+  static Vec<T> sigmoid(Vec<T> x) { return rnn::sigmoid<T>(x); }
+  static Vec<T> tanh(Vec<T> x) { return rnn::tanh<T>(x); }
+};
+
+#ifdef __AVX512BF16__
+struct Pairs {
+  using Number = c10::BFloat16;
+  using Sum = float;
+  typedef uint32_t Word __attribute__((may_alias, aligned(2)));
+  static constexpr int numbers = 2;
+  using Words = Vec<uint32_t>;
+
+  static void add(Vec<float>& sum, Word x, Words w) {
+    const auto pair = (__m512bh)_mm512_set1_epi32(x);
+    sum = (Vec<float>)_mm512_dpbf16_ps((__m512)sum, pair, (__m512bh)w);
+  }
+  static Words words(const Number* even, const Number* odd, int64_t n) {
+    return (Words)load(even, n) >> 16 | (odd ? (Words)load(odd, n) : Words{});
+  }
+  static Vec<float> sum_of(Words w) {
+    return (Vec<float>)(w << 16) + (Vec<float>)(w & 0xffff0000);
+  }
+  // The CPU's table of reciprocals, 14 bits, is precise enough for a bfloat16, of 8 bits.
+  static Vec<float> sigmoid(Vec<float> x) {
+    return (Vec<float>)_mm512_rcp14_ps((__m512)(2 + expm1_14(-x)));
+  }
+  static Vec<float> tanh(Vec<float> x) {
+    const Vec<float> m = expm1_14(-2 * x);
+    return -m * (Vec<float>)_mm512_rcp14_ps((__m512)(2 + m));
+  }
+
+ private:
+  // As expm1 of simd.h with a shorter series, error below 3e-6.
+  static Vec<float> expm1_14(Vec<float> x) {
+    const __m512 limit = _mm512_set1_ps(126);  // where 2^n is still finite; NaN stays NaN
+    const __m512 q = _mm512_max_ps(-limit, _mm512_min_ps(limit, (__m512)x * 1.44269504f));
+    const __m512 n = _mm512_roundscale_ps(q, 0), r = (q - n) * 0.69314718f;
+    __m512 p = _mm512_set1_ps(1 / 120.0f);
+    for (float inverse : {1 / 24.0f, 1 / 6.0f, 1 / 2.0f, 1.0f}) p = p * r + inverse;
+    const __m512 power = _mm512_scalef_ps(_mm512_set1_ps(1), n);  // 2^n
+    return (Vec<float>)(power * (p * r) + (power - 1));
+  }
+};
+#endif
+
+// A tile of kTileRows x kVectors sums just fits the registers with what is multiplied.
+#if defined(__AVX512F__) || defined(__ARM_NEON)
+constexpr int kVectors = 4;  // 6 x 4 sums of 32 registers
+#else
+constexpr int kVectors = 2;  // 6 x 2 of 16
+#endif
+template <int V> constexpr int kTileRows = V > kVectors ? 3 : 6;
+
+// w[k][v] stands at w[k * V + v], sums[r][v] at sums[r * V + v], x[r][k] at x[r * row + k * step].
+// A second piece of x, x2[r][k] at x2[r * row2 + k], follows.
+template <typename P, int R, int V>
+void tile(const typename P::Words* w, Vec<typename P::Sum>* sums, const typename P::Word* x,
+          int64_t row, int64_t step, int64_t K, const typename P::Word* x2 = nullptr,
+          int64_t row2 = 0, int64_t K2 = 0) {
+  Vec<typename P::Sum> sum[R][V] = {};
+  auto add = [&](const typename P::Word* x, int64_t row) {
+    typename P::Words weights[V];  // volatile: each is loaded once, not once for every row
+    for (int v = 0; v < V; ++v) weights[v] = const_cast<const volatile typename P::Words*>(w)[v];
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v) P::add(sum[r][v], x[r * row], weights[v]);
+    w += V;
+  };
+  for (int64_t k = 0; k < K; ++k) add(x + k * step, row);
+  for (int64_t k = 0; k < K2; ++k) add(x2 + k, row2);
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) sums[r * V + v] += sum[r][v];
+}
+
+// The same for any number of rows up to kTileRows and of vectors up to V. Both are template
+// parameters of `tile`, with one function for each, because only a sum whose place is known to the
+// compiler can stay in a register.
+template <typename P, int V, int R = kTileRows<V>, typename... Rest>
+void product(int64_t rows, int64_t vectors, Rest... rest) {
+  if constexpr (V > 1 && V <= kVectors)
+    if (vectors < V) return product<P, V - 1>(rows, vectors, rest...);
+  if constexpr (R > 1)
+    if (rows < R) return product<P, V, R - 1>(rows, V, rest...);
+  tile<P, R, V>(rest...);
+}
+
+// Cuts begin .. end into pieces of at most `most`, equal to within one: 13 = 7 + 6, not 12 + 1.
+template <typename Body>
+inline void for_pieces(int64_t begin, int64_t end, int64_t most, const Body& body) {
+  const int64_t n = end - begin, pieces = (n + most - 1) / most;  // none if end <= begin
+  for (int64_t j = 0; j < pieces; ++j) body(begin + n * j / pieces, begin + n * (j + 1) / pieces);
+}
+
+inline int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+// Rows of a buffer of T, far enough apart that a tile's rows do not fall into the same cache set.
+template <typename T> int64_t padded(int64_t n) {
+  constexpr int64_t line = 64 / sizeof(T);
+  return (ceil_div(n, line) + 2) * line;
+}
+
+}  // namespace
+}  // namespace rnn
