@@ -16,6 +16,8 @@ namespace {
 
 constexpr int64_t kFew = 8;  // for so many rows in all (N) there are no panels
 
+constexpr int64_t kBlock = 128;  // words; sums of sums err less than one long sum
+
 template <typename P, typename W> struct Forward {  // P: see product.h; weights of type W
   const typename P::Number* x;                      // as in lstm.h, of an even I for pairs
   const W *w_ih, *w_hh;                             // likewise
@@ -99,8 +101,10 @@ void forward(const Forward<P, W>& a, const std::vector<Step>& steps, const Share
           }
         if (a.panels) {
           const auto* w = a.panels + p * K * 4;
-          product<P, 4>(rows, 4, w, sum[0], (const Word*)x, mine.every * K_x, 1, K_x,
-                        (const Word*)h_before, mine.every * wide / P::numbers, K_h);
+          product<P, 4>(rows, 4, w, sum[0], (const Word*)x, mine.every * K_x, 1, K_x);
+          for (int64_t k = 0; k < K_h; k += kBlock)
+            product<P, 4>(rows, 4, w + (K_x + k) * 4, sum[0], (const Word*)h_before + k,
+                          mine.every * wide / P::numbers, 1, std::min(kBlock, K_h - k));
         } else if constexpr (P::numbers == 1) {
           dots(rows, x, mine.every * a.I, a.w_ih + u * a.I, a.I, H, n, sum[0]);
           dots(rows, h_before, mine.every * wide, a.w_hh + u * H, H, H, n, sum[0]);
@@ -137,8 +141,6 @@ void forward(const Forward<P, W>& a, const std::vector<Step>& steps, const Share
 //
 // The product of a step is da [W_hh W_ih]: first the columns of da' W_hh, which the step before
 // wants, or h0; then those of dx. Both in vectors, cut into panels of at most kVectors.
-
-constexpr int64_t kBlock = 256;  // words; sums of sums err less than one long sum
 
 template <typename P> struct Backward {
   const typename P::Number *dh, *dc, *gates, *c, *c0, *w_ih, *w_hh;  // as in lstm.h; dc may be null

@@ -82,21 +82,16 @@ constexpr int kVectors = 2;  // 6 x 2 of 16
 template <int V> constexpr int kTileRows = V > kVectors ? 3 : 6;
 
 // w[k][v] stands at w[k * V + v], sums[r][v] at sums[r * V + v], x[r][k] at x[r * row + k * step].
-// A second piece of x, x2[r][k] at x2[r * row2 + k], follows.
 template <typename P, int R, int V>
 void tile(const typename P::Words* w, Vec<typename P::Sum>* sums, const typename P::Word* x,
-          int64_t row, int64_t step, int64_t K, const typename P::Word* x2 = nullptr,
-          int64_t row2 = 0, int64_t K2 = 0) {
+          int64_t row, int64_t step, int64_t K) {
   Vec<typename P::Sum> sum[R][V] = {};
-  auto add = [&](const typename P::Word* x, int64_t row) {
+  for (int64_t k = 0; k < K; ++k, w += V, x += step) {
     typename P::Words weights[V];  // volatile: each is loaded once, not once for every row
     for (int v = 0; v < V; ++v) weights[v] = const_cast<const volatile typename P::Words*>(w)[v];
     for (int r = 0; r < R; ++r)
       for (int v = 0; v < V; ++v) P::add(sum[r][v], x[r * row], weights[v]);
-    w += V;
-  };
-  for (int64_t k = 0; k < K; ++k) add(x + k * step, row);
-  for (int64_t k = 0; k < K2; ++k) add(x2 + k, row2);
+  }
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) sums[r * V + v] += sum[r][v];
 }
