@@ -262,20 +262,16 @@ if __name__ == "__main__":
     model.to(device)
     ids = vocab.encode(text).to(device)
     split = min(int(0.9 * len(ids)), len(ids) - 2)
-    val_ids = ids[split:]
+    val_ids = ids[split:][: kept["config"]["held_out"] if args.resume else None]
     batches = rnn.Batches(ids[:split], args.batch, args.context)
     optimizer, state = rnn.make_optimizer(model, args.weight_decay), model.init_state(args.batch)
     config = {key: getattr(args, key) for key in (*FIXED, "steps", "seconds", "data")}
-    config["sha256"] = digest
     run = argparse.Namespace(step=0, seconds=0.0, busy=0.0, best=math.inf, stale=0, history=[],
                              weights=model.state_dict())
     if args.resume:
-        try:
-            vars(run).update(kept["run"])
-            optimizer.load_state_dict(kept["optimizer"])
-            batches.position, state = kept["position"], kept["state"]
-        except (KeyError, TypeError, AttributeError) as error:
-            fail(f"cannot resume {args.resume}: it is damaged or of another version: {error!r}")
+        vars(run).update(kept["run"])
+        optimizer.load_state_dict(kept["optimizer"])
+        batches.position, state = kept["position"], kept["state"]
     state = rnn.map_state(lambda s: s.chunk(world, dim=1)[rank].to(device), state)
     began -= run.seconds  # as if never interrupted
 
@@ -285,13 +281,21 @@ if __name__ == "__main__":
     evaluate_windows(model, val_ids, 64)
     window = (time.perf_counter() - started) / 64
     cost = 3 * len(val_ids) / 256 * window  # seconds of an evaluation, which takes 2 to 4 passes
-    rest = 512 * window + args.length / 1000  # seconds from the last evaluation to the end
+    windows = 512
+    if args.seconds:  # on a slow machine, all that is held out could take longer than the run
+        windows = max(1, min(windows, int(args.seconds / 10 / window)))
+        if not args.resume:
+            val_ids = val_ids[: max(2, int(len(val_ids) * args.seconds / 4 / cost))]
+            cost = min(cost, args.seconds / 4)
+    rest = windows * window + args.length / 1000  # seconds from the last evaluation to the end
+    config |= {"sha256": digest, "held_out": len(val_ids)}
     out = pathlib.Path(args.resume or ".").parent
     if rank == 0 and (args.out or not args.resume):
         out = new_folder(args.out or "out")
     fused = args.cell == "lstm" and rnn.fused and (device == "cpu" or rnn.fused.has_cuda)
     params = sum(p.numel() for p in model.parameters())
     say(f"text: {name}, {len(ids):,} characters, {len(vocab)} symbols, sha256 {digest}\n"
+        f"evaluated on {len(val_ids):,} of {len(ids) - split:,} held-out characters\n"
         f"config: {config}\nmodel: {params:,} parameters, on {device}, "
         f"{'fused' if fused else 'plain'} path, {world} processes; best.pt and last.pt in {out}")
 
@@ -377,7 +381,7 @@ if __name__ == "__main__":
         model.load_state_dict(run.weights)
         if not (out / "best.pt").exists():  # resumed elsewhere, and nothing better was found
             rnn.save(out / "best.pt", model, vocab, config=config, history=run.history)
-        windowed = evaluate_windows(model, val_ids)
+        windowed = evaluate_windows(model, val_ids, windows)
         say(f"final val_loss={run.best:.4f} nats bpc={run.best / math.log(2):.4f} "
             f"ppl={math.exp(min(run.best, 99)):.3f} "
             f"chars_per_s={run.step * args.batch * args.context / max(run.busy, 1e-9):.0f} "

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 
 import pytest
@@ -172,6 +173,26 @@ def test_a_run_takes_its_seconds(folder, capsys):
     history, printed = result["run"].history, capsys.readouterr().out
     assert result["run"].step > 1 and 1 <= len(history) <= 11
     assert float(re.search(r" seconds=(\d+\.\d)", FINAL.search(printed)[0])[1]) >= 0.5
+    held_out = result["config"]["held_out"]
+    assert f"evaluated on {held_out:,} of " in printed
+    rest = run("--resume", "timed/last.pt", "--seconds", 2)
+    assert rest["config"]["held_out"] == held_out and rest["run"].step > result["run"].step
+    assert FINAL.search(capsys.readouterr().out)
+
+
+def test_a_slow_machine_evaluates_on_less(folder, monkeypatch):
+    """So that the run ends in time. With --steps all is evaluated."""
+    real = rnn.evaluating
+
+    def slow(model):
+        time.sleep(0.1)
+        return real(model)
+
+    whole = run(*NEW, "slow1", "--steps", 2)["val_ids"]
+    monkeypatch.setattr(rnn, "evaluating", slow)
+    assert len(run(*NEW, "slow2", "--steps", 2)["val_ids"]) == len(whole)
+    part = run(*NEW, "slow3", "--seconds", 0.5)["val_ids"]
+    assert 2 <= len(part) < len(whole) and torch.equal(part, whole[: len(part)])
 
 
 def test_sampling(folder, capsys):
