@@ -635,14 +635,14 @@ def load(path, device="cpu"):
         if zipfile.ZipFile(path).testzip():  # torch.load compares no checksums
             raise ValueError("a part of it is not what was written")
         content = torch.load(path, map_location="cpu", weights_only=True)
+        config, weights, vocab = content["config"], content["weights"], Vocab(content["symbols"])
+        if len(vocab) != config["vocab_size"] or len(weights) < config["layers"]:
+            raise ValueError(f"{len(vocab)} symbols and {len(weights)} weights do not fit {config}")
         with torch.device("meta"):  # no memory, no random numbers: the weights are in the file
-            model = CharLM(**content["config"])
-        model.load_state_dict(content["weights"], assign=True)
-        if model.config["tie"]:
+            model = CharLM(**config)
+        model.load_state_dict(weights, assign=True)
+        if config["tie"]:
             model.embedding.weight = model.output.weight
-        vocab = Vocab(content["symbols"])
-        if len(vocab) != model.vocab_size:
-            raise ValueError(f"{len(vocab)} symbols for a model of {model.vocab_size}")
         return model.to(device), vocab, content["training"]
     except OSError:
         raise

@@ -257,7 +257,7 @@ HUGE = 10**9
 
 
 @pytest.mark.parametrize("changes", [
-    *({"config": {name: HUGE}} for name in ("hidden", "embed", "vocab_size")),
+    *({"config": {name: HUGE}} for name in ("hidden", "embed", "vocab_size", "layers")),
     {"config": {"hidden": 40_000}}, {"config": {"layers": 1.5}}, {"config": {"cell": "x"}},
     {"config": {"further": 1}}, {"config": {"hidden": "6"}}, {"config": 3}, {"symbols": 3},
     {"symbols": list(range(13))}, {"symbols": None},
