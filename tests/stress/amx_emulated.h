@@ -45,19 +45,20 @@ inline float number(const unsigned char* at) {  // a bfloat16 is the upper half 
   std::memcpy(&v, &bits, 4);
   return flushed(v);
 }
-// c[m][n] += a[m][2k] b[k][2n] + a[m][2k+1] b[k][2n+1], for all k
+// c[m][n] += a[m][2k] b[k][2n] + a[m][2k+1] b[k][2n+1], for all k. As Intel's manual has it, the even
+// and the odd numbers are summed on their own, from 0, before they are added to c.
 inline void multiply(int c, int a, int b) {
   for (int m = 0; m < tiles[c].rows; ++m)
-    for (int k = 0; k < tiles[a].bytes / 4; ++k)
-      for (int n = 0; n < tiles[c].bytes / 4; ++n) {
-        float sum;
-        std::memcpy(&sum, tiles[c].at[m] + 4 * n, 4);
-        for (int half = 0; half < 2; ++half) {
-          const float x = number(tiles[a].at[m] + 4 * k + 2 * half);
-          sum = flushed(std::fma(x, number(tiles[b].at[k] + 4 * n + 2 * half), sum));
-        }
-        std::memcpy(tiles[c].at[m] + 4 * n, &sum, 4);
-      }
+    for (int n = 0; n < tiles[c].bytes / 4; ++n) {
+      float sum[2] = {}, before;
+      for (int k = 0; k < tiles[a].bytes / 4; ++k)
+        for (int half = 0; half < 2; ++half)
+          sum[half] = flushed(std::fma(number(tiles[a].at[m] + 4 * k + 2 * half),
+                                       number(tiles[b].at[k] + 4 * n + 2 * half), sum[half]));
+      std::memcpy(&before, tiles[c].at[m] + 4 * n, 4);
+      const float after = flushed(before + flushed(sum[0] + sum[1]));
+      std::memcpy(tiles[c].at[m] + 4 * n, &after, 4);
+    }
 }
 
 }  // namespace amx_emulated
