@@ -32,8 +32,8 @@
 //           bfloat16, on CUDA also float16.
 //           lstm_forward and lstm_backward always sum a number in the same order, whatever the
 //           threads: on one machine their results are the same bits from run to run and for any
-//           number of threads. But dx, the weights' gradients and all that the kernel `simple`
-//           computes may be left to torch's product, which does not promise that.
+//           number of threads. But the kernel `simple` and the CUDA kernels leave products to
+//           torch, which does not promise that.
 #pragma once
 #include <ATen/ATen.h>
 
