@@ -2,11 +2,11 @@
 trains, evaluates and samples it. It needs nothing but PyTorch. Read it from top to bottom.
 
 `RNN`, `LSTM` and `GRU` are drop-ins for torch.nn's: same arguments, parameter names, initial values
-and results. And you can read them, `trace` every gate and state, and plug in a cell of your own.
+and results. You can also read them, `trace` every gate and state, and plug in a cell of your own.
 
 Dimensions   T  time steps (symbols in a chunk of text)    I  features that a layer reads
              B  batch (sequences side by side)             H  hidden units of a layer
-             V  vocabulary (distinct symbols)              G  gates: 1 in RNN, 3 in GRU, 4 in LSTM
+             V  vocabulary (distinct symbols)              G  blocks of H: RNN 1, GRU 3, LSTM 4
              L  symbols of a whole text                    P  width of a projected h (proj_size)
              N  rows: one per step of each sequence, T * B if all sequences are equally long
 
@@ -38,9 +38,9 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 # ---- Cells: one step in time, as pure functions ----------------------------------------------
-# A cell takes gx = W_ih x + b_ih for all gates, (B, G*H); the state, a tuple (h,) or (h, c); and p,
-# the parameters of its layer by torch's names. It returns a dict: the new state, in order, then the
-# gates. So a cell of your own is one short function, and everything it computes can be looked at.
+# A cell takes gx = W_ih x + b_ih (B, G*H), computed beforehand; the state, a tuple (h,) or (h, c);
+# and p: p.weight_hh is weight_hh_l0, ... of its layer. It returns a dict: the new h (and c) first,
+# then the gates. A cell of your own is one short function, and all it computes can be looked at.
 
 def rnn_step(gx, state, p):
     """Elman 1990."""
@@ -96,8 +96,8 @@ def scan(step, rows, state, p, reverse=False, keep=False):
     cell computed, not only h. Returns {"h": [T times (B_t, H)], ...} and the final state."""
     kept = [None] * len(rows)
     for t in reversed(range(len(rows))) if reverse else range(len(rows)):
-        # Only the first `alive` sequences have a step t. The others keep their state: the last
-        # one if they have ended, the first one if (in reverse) they have not begun yet.
+        # Only the first `alive` sequences have a step t. The others, which have ended (or, in
+        # reverse, not begun), keep their state.
         alive, B = rows[t].shape[0], state[0].shape[0]
         new = step(rows[t], state if alive == B else tuple(s[:alive] for s in state), p)
         # new begins with h (and c), and zip ends where state does: before the gates.
@@ -108,7 +108,7 @@ def scan(step, rows, state, p, reverse=False, keep=False):
 
 
 def map_state(function, *states):
-    """Apply a function to a state, whether a tensor (RNN, GRU) or a tuple of two (LSTM)."""
+    """Apply a function to the h, and for LSTM to the c, of one or several states at once."""
     if isinstance(states[0], torch.Tensor):
         return function(*states)
     return tuple(function(*parts) for parts in zip(*states))
@@ -143,14 +143,14 @@ class Recurrent(nn.RNNBase):
     """Layers of one cell, stacked, in one or both directions. The arguments are torch.nn's.
 
     torch.nn.RNNBase brings the parameters, their initial values, and the checks of arguments and
-    shapes. What stands here is the forward pass, which torch hides in C++. The parameters of layer
-    k, where layer 0 reads I features and the others H or, bidirectional, 2H:
+    shapes. This class adds the forward pass, which torch hides in C++. The parameters of layer
+    k, where layer 0 reads I features and the others the h of the layer below, of both directions:
 
         weight_ih_l{k} (G*H, I)    weight_hh_l{k} (G*H, H)    bias_ih_l{k}, bias_hh_l{k} (G*H,)
-        weight_hr_l{k} (P, H) with proj_size=P: then h is P wide    ..._reverse: second direction
+        weight_hr_l{k} (P, H) if proj_size=P: h is P wide, W_hh (G*H, P)    ..._reverse: backward
 
-    For a cell of your own, derive from the one with as many gates and states, replace `step`, and
-    name further parameters in `extra`, vectors whose length is a multiple of H."""
+    For a cell of your own, derive from RNN, GRU or LSTM: the one with as many gates and states. Set
+    step = staticmethod(my_step), and in `extra` name more parameters: vectors, n * H long."""
 
     kind, step, states = None, None, 1  # torch's name of the cell; the cell; 1 for h, 2 for (h, c)
     extra = {}  # {"weight_peep": 3}: in every layer and direction p.weight_peep is (3 * H,)
@@ -179,7 +179,7 @@ class Recurrent(nn.RNNBase):
     def trace(self, input, hx=None, keep=True):
         """As forward, with a third result: a list, in the order of the state, with all that each
         layer's cell computed in each direction: {"h": (T, B, H), ...} with cell states and gates
-        by name, laid out as the input. They have gradients: a loss may be made of any of them."""
+        by name, laid out as the input. They are copies: a loss may be made of any of them."""
         x, sizes, state = self._prepare(input, hx)  # x (T, B, I), or packed rows (N, I)
         directions = 2 if self.bidirectional else 1
         ends, traces = [], []
@@ -188,7 +188,7 @@ class Recurrent(nn.RNNBase):
             outputs = []
             for n in range(k * directions, (k + 1) * directions):
                 p = Parameters(nonlinearity=getattr(self, "nonlinearity", None),
-                               **{name.rpartition("_l")[0]: getattr(self, name)  # no suffix
+                               **{name.rpartition("_l")[0]: getattr(self, name)  # weight_ih, ...
                                   for name in self._all_weights[n]})
                 start = tuple(s[n] for s in state)  # (B, H) each
                 computed, end = self._direction(x, sizes, start, p, n % directions == 1, keep)
@@ -223,7 +223,7 @@ class Recurrent(nn.RNNBase):
     def _prepare(self, input, hx):
         """Check input and state, and bring the four layouts into two: x (T, B, I) and sizes None,
         or packed x (N, I) and sizes, the number of rows at each step. The state is a tuple."""
-        torch.compiler.is_exporting() or self._update_flat_weights()  # torch's checks look there
+        torch.compiler.is_exporting() or self._update_flat_weights()  # check_forward_args reads it
         x, sizes, order, batch_dim = input, None, None, 0 if self.batch_first else 1
         if isinstance(input, PackedSequence):
             x, sizes, order, _ = input
@@ -239,7 +239,7 @@ class Recurrent(nn.RNNBase):
             h = x.new_zeros(layers, B, self.proj_size or self.hidden_size)
             hx = h if self.states == 1 else (h, x.new_zeros(layers, B, self.hidden_size))
         else:
-            hx = self.permute_hidden(hx, order)  # into the packed order
+            hx = self.permute_hidden(hx, order)  # into the packed order, if packed
         self.check_forward_args(x, hx, sizes)
         if sizes is None and self.batch_first:
             x = x.transpose(0, 1)  # (T, B, I)
@@ -270,12 +270,12 @@ class GRU(Recurrent):
 
 class LSTM(Recurrent):
     kind, step, states = "LSTM", staticmethod(lstm_step), 2
-    check_forward_args = nn.LSTM.check_forward_args  # of a tuple (h, c)
+    check_forward_args = nn.LSTM.check_forward_args  # RNNBase's expect a tensor, not (h, c)
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
     permute_hidden = nn.LSTM.permute_hidden
 
     def _direction(self, x, sizes, state, p, reverse, keep):
-        """Fused where csrc/ can: it has this cell without projection, and returns no gates."""
+        """Uses csrc/ where it can: for lstm_step without projection, and if no gates are wanted."""
         if KERNEL not in ("", "plain") and not fused:
             raise RuntimeError(f"RNN_KERNEL={KERNEL}, but csrc/ is not built: call rnn.build()")
         same_cell = self.step is lstm_step and not self.proj_size and not keep
@@ -288,7 +288,7 @@ class LSTM(Recurrent):
 # ---- Cell modules: drop-ins for torch.nn.RNNCell, LSTMCell, GRUCell --------------------------
 
 class OneStep:
-    weight_hr = None  # no projection
+    weight_hr = None  # no projection, and no extra parameters
 
     def forward(self, input, hx=None):
         """input (B, I) or (I,); hx (B, H) or (H,), for LSTM a tuple (h, c), None means zeros.
@@ -302,7 +302,7 @@ class OneStep:
         if not all(h.shape == zeros.shape for h in hx):  # a batch of one would broadcast
             raise RuntimeError(f"{type(self).__name__}: Expected hx of size {tuple(zeros.shape)}, "
                                f"got {[tuple(h.shape) for h in hx]}")
-        new = self.step(F.linear(input, self.weight_ih, self.bias_ih), hx, self)
+        new = self.step(F.linear(input, self.weight_ih, self.bias_ih), hx, self)  # self is its p
         return (new["h"], new["c"]) if lstm else new["h"]
 
 
@@ -357,8 +357,8 @@ class Batches:
     """Endless chunks of a text, ids (L,), on the device of ids. `next()` returns x and y (B, T): y
     holds the symbol that follows each symbol of x.
 
-    order="sequential": the text is cut into B rows, and every batch continues those of the one
-    before, so that the state can be carried over. order="random": windows from anywhere."""
+    order="sequential": row b starts at symbol b * (L // B), and every batch continues the rows of
+    the one before, so that the state can be carried over. order="random": windows from anywhere."""
 
     def __init__(self, ids, batch, context, order="sequential", seed=0):
         self.ids, self.batch, self.context, self.order = torch.as_tensor(ids), batch, context, order
@@ -383,7 +383,7 @@ class Batches:
 
 # ---- The character language model ------------------------------------------------------------
 
-CELLS = {"rnn": RNN, "lstm": LSTM, "gru": GRU}  # and your own
+CELLS = {"rnn": RNN, "lstm": LSTM, "gru": GRU}  # add your own: CELLS["peep"] = PeepholeLSTM
 
 
 class CharLM(nn.Module):
@@ -433,16 +433,16 @@ class CharLM(nn.Module):
 
 @torch.no_grad()
 def initialize(module):
-    """Initial values for training, in every recurrent and Linear layer of a module, each gate's
-    block on its own. Recurrent weights are orthogonal, so that they neither shrink nor stretch the
-    state (Saxe et al. 2014); all others Xavier (Glorot & Bengio 2010). Biases are 0, but 1 for the
-    LSTM's forget gate, which should remember at first (Jozefowicz et al. 2015): torch adds two, so
-    b_ih gets it alone. Returns the module. Raises ValueError under weight_norm."""
+    """Initial values for training, of the matrices and biases of every recurrent and Linear layer,
+    each gate's block on its own. Recurrent weights are orthogonal, to neither shrink nor stretch
+    the state (Saxe et al. 2014), other matrices Xavier (Glorot & Bengio 2010). Biases are 0, but 1
+    for the LSTM's forget gate, which should remember at first (Jozefowicz et al. 2015): in b_ih
+    only, for b_hh is added to it. Returns the module. Raises ValueError under weight_norm."""
     for layer in module.modules():
         if not isinstance(layer, nn.Linear | nn.RNNBase | nn.RNNCellBase):
             continue
         if nn.utils.parametrize.is_parametrized(layer) or layer._forward_pre_hooks:
-            raise ValueError(f"{layer} computes its weights: initialize it before weight_norm")
+            raise ValueError(f"{layer} has a hook or parametrization: initialize it before that")
         H = layer.out_features if isinstance(layer, nn.Linear) else layer.hidden_size
         for name, value in layer.named_parameters(recurse=False):
             blocks = value.chunk(max(1, len(value) // H))  # one per gate; W_hr has P < H rows
@@ -452,7 +452,7 @@ def initialize(module):
                     nn.init.ones_(blocks[1])  # i, f, g, o
             elif value.dim() == 2:
                 recurrent = name.startswith("weight_hh")
-                for block in blocks:  # (H, I) or (H, H)
+                for block in blocks:  # (H, I), (H, H) or (H, P)
                     (nn.init.orthogonal_ if recurrent else nn.init.xavier_uniform_)(block)
     return module
 
@@ -460,7 +460,7 @@ def initialize(module):
 # ---- Training --------------------------------------------------------------------------------
 
 def cross_entropy(logits, targets, reduction="mean"):
-    """Nats per symbol, over all positions, or their "sum": logits (B, T, V), targets (B, T)."""
+    """Mean nats per symbol, or with reduction="sum" their sum: logits (B, T, V), targets (B, T)."""
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
 
 
@@ -579,8 +579,8 @@ def perplexity(model, ids, batch=64):
 
 def generate(model, vocab, prompt="", length=500, temperature=1.0, top_k=None, seed=None):
     """Yields `length` symbols that continue the prompt, or without one a new line. temperature
-    divides the logits; 0 takes the likeliest symbol. top_k: draw from the k likeliest. Raises
-    ValueError for bad values, FloatingPointError if the logits are not finite."""
+    divides the logits; 0 takes the likeliest symbol. top_k: draw from the k likeliest. The first
+    next() raises ValueError for bad values, any FloatingPointError for logits not finite."""
     if not 0 <= temperature < math.inf or length < 0 or (top_k is not None and top_k < 1):
         raise ValueError("temperature must be 0 or more and finite, length 0 or more, top_k at "
                          f"least 1; got {temperature=}, {length=}, {top_k=}")
@@ -598,7 +598,7 @@ def generate(model, vocab, prompt="", length=500, temperature=1.0, top_k=None, s
         if temperature == 0:
             ids = logits.argmax(keepdim=True)  # (1,)
         else:
-            chances = (logits / max(temperature, 1e-100)).softmax(-1)  # never infinity
+            chances = (logits / max(temperature, 1e-100)).softmax(-1)  # never divide by 0
             ids = torch.multinomial(chances, 1, generator=random)  # (1,)
         yield vocab.symbols[ids]
 
@@ -630,7 +630,7 @@ def save(path, model, vocab, **training):
 
 def load(path, device="cpu"):
     """Read a checkpoint: model, vocabulary, and the dict of what else training saved. Nothing in it
-    is executed. Raises OSError, or ValueError if a single bit is damaged or it is no checkpoint."""
+    is executed. Raises OSError, or ValueError if stored data is damaged or it is no checkpoint."""
     try:
         if zipfile.ZipFile(path).testzip():  # torch.load compares no checksums
             raise ValueError("a part of it is not what was written")

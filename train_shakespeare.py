@@ -52,28 +52,28 @@ def fail(message):
 
 
 size, rate, share = number(int, 1, 1e6), number(float, 0), number(float, 0, 1)
-parser = argparse.ArgumentParser(description="Train a character model, and let it write.")
+parser = argparse.ArgumentParser(description="Train a character model and sample from it.")
 parser.error = fail
 add = parser.add_argument
 add("--cell", choices=rnn.CELLS, default="lstm", help="default lstm")
 add("--layers", type=number(int, 1, 1000), default=1, metavar="N", help="default 1")
-add("--hidden", type=size, default=512, metavar="N", help="units of a layer, default 512")
+add("--hidden", type=size, default=512, metavar="N", help="units per layer, default 512")
 add("--embed", type=size, default=64, metavar="N", help="width of the embedding, default 64")
-add("--dropout", type=share, default=0.3, metavar="P", help="of each layer's h, default 0.3")
-add("--embed-dropout", type=share, default=0.0, metavar="P", help="default 0")
+add("--dropout", type=share, default=0.3, metavar="P", help="on each layer's output, default 0.3")
+add("--embed-dropout", type=share, default=0.0, metavar="P", help="on the embedding, default 0")
 add("--variational", action=argparse.BooleanOptionalAction, default=True,
     help="drop the same units at all steps of a chunk")
-add("--batch", type=size, default=16, metavar="N", help="sequences in a step, default 16")
-add("--context", type=size, default=64, metavar="N", help="characters of each, default 64")
+add("--batch", type=size, default=16, metavar="N", help="sequences per step, default 16")
+add("--context", type=size, default=64, metavar="N", help="characters per sequence, default 64")
 add("--lr", type=rate, default=5e-3, help="largest learning rate, default 0.005")
 add("--weight-decay", type=rate, default=0.05, metavar="W", help="default 0.05")
-add("--seed", type=number(int, 0), default=1, metavar="N", help="of random numbers, default 1")
+add("--seed", type=number(int, 0), default=1, metavar="N", help="random seed, default 1")
 add("--dtype", choices=["float32", "bfloat16"], help="default: the faster one on this device")
 # A run cannot change these: its checkpoints keep them.
 FIXED = ("cell", "layers", "hidden", "embed", "dropout", "embed_dropout", "variational",  # model
          "batch", "context", "lr", "weight_decay", "seed", "dtype")
 length = parser.add_mutually_exclusive_group().add_argument
-length("--seconds", type=number(float, 1e-3), metavar="S", help="of the whole run, default 180")
+length("--seconds", type=number(float, 1e-3), metavar="S", help="time of the run, default 180")
 length("--steps", type=number(int, 1), metavar="N", help="length in optimizer steps instead")
 add("--patience", type=size, metavar="N", help="end after N evaluations without a new best")
 add("--data", metavar="FILE", help="train on this UTF-8 text instead of Shakespeare")
@@ -83,8 +83,8 @@ add("--resume", metavar="CKPT", help="resume the run of this last.pt")
 add("--sample", metavar="CKPT", help="do not train, only sample from this checkpoint")
 add("--device", help="default: cuda if there is one, else cpu")
 add("--prompt", default="", metavar="TEXT", help="what the sample continues")
-add("--length", type=number(int, 0), default=500, metavar="N", help="of it, default 500")
-add("--temperature", type=rate, default=0.8, metavar="T", help="default 0.8; 0: the likeliest")
+add("--length", type=number(int, 0), default=500, metavar="N", help="of the sample, default 500")
+add("--temperature", type=rate, default=0.8, metavar="T", help="default 0.8; 0 takes the likeliest")
 add("--top-k", type=size, metavar="K", help="draw from the K likeliest symbols only")
 
 EVALS = 10  # evaluations in a run; fewer if they would take over a tenth of its --seconds
@@ -123,7 +123,7 @@ def say(message, end="\n"):
 
 
 def ctrl_c(number, frame):
-    """The first Ctrl-C ends a run after the current step, in order; a second one at once."""
+    """The first Ctrl-C ends a run cleanly after the current step; a second one immediately."""
     global stop
     if stop:
         raise KeyboardInterrupt
@@ -131,7 +131,7 @@ def ctrl_c(number, frame):
 
 
 def one_line(kind, error, trace):
-    """Shows errors that a user can mend in one line, others with their trace."""
+    """Print errors that the user can fix as one line, others with a traceback."""
     if issubclass(kind, (ValueError, OSError, FloatingPointError)):
         print("error:", str(error).partition("\n")[0], file=sys.stderr)
     elif kind is not KeyboardInterrupt:
@@ -233,7 +233,7 @@ if __name__ == "__main__":
         fail(f"--device {device} cannot be used, or lacks {needed:,} bytes for the sizes: {error}")
     args.dtype = args.dtype or fast_dtype(device)
     if ddp:
-        import torch.distributed.nn  # now, for later it would keep the group's threads alive
+        import torch.distributed.nn  # later it would keep the group's threads alive
 
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
         if args.batch % world:
@@ -241,10 +241,10 @@ if __name__ == "__main__":
         if rank > 0:
             dist.barrier()  # rank 0 downloads and compiles first; the others find the results
     if args.cell == "lstm" and not rnn.fused and rnn.KERNEL != "plain":
-        print("compiling csrc/, the first time about a minute", file=sys.stderr, flush=True)
+        print("compiling csrc/ if it has changed: about a minute", file=sys.stderr, flush=True)
         try:
             rnn.build()
-        except RuntimeError as error:
+        except (ImportError, RuntimeError) as error:
             if rnn.KERNEL:  # it was asked for
                 fail(error)
             print("plain path:", str(error).partition("\n")[0], file=sys.stderr, flush=True)
@@ -281,7 +281,7 @@ if __name__ == "__main__":
     state = rnn.map_state(lambda s: s.chunk(world, dim=1)[rank].to(device), state)
     began -= run.seconds  # as if never interrupted
 
-    list(rnn.generate(model, vocab, args.prompt, min(args.length, 1)))  # is the prompt fine?
+    list(rnn.generate(model, vocab, args.prompt, min(args.length, 1)))  # a bad prompt fails now
     evaluate_windows(model, val_ids, 64)  # the first is slower
     started = time.perf_counter()
     evaluate_windows(model, val_ids, 64)
@@ -315,7 +315,7 @@ if __name__ == "__main__":
                      state=rnn.map_state(lambda *s: torch.cat(s, dim=1), *states),  # of all rows
                      optimizer=optimizer.state_dict(), position=batches.position)
 
-    keep()  # what cannot be saved shows before any work
+    keep()  # if saving fails, then now
     signal.signal(signal.SIGINT, ctrl_c)
     replica = torch.nn.parallel.DistributedDataParallel(model) if ddp else model
     reported = evaluated = time.perf_counter() - began

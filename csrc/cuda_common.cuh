@@ -23,7 +23,7 @@ template <typename F> __device__ F cell(F (&a)[4], F& c) {
   return a[3] * tanh(c);
 }
 
-// gate: i, f, g, o, becomes da. dc: dc[t] + dc' f', becomes dc f, for the next step.
+// gate: i, f, g, o, becomes da. dc: dc[t] + dc' f', becomes dc f, for the step before.
 template <typename F> __device__ void cell_backward(F (&gate)[4], F c, F c_before, F dh, F& dc) {
   const F i = gate[0], f = gate[1], g = gate[2], o = gate[3], tanh_c = tanh(c);
   dc += dh * o * (1 - tanh_c * tanh_c);

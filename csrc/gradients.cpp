@@ -19,7 +19,8 @@ template <typename P> struct Gradients {
   std::vector<const typename P::Number*> x, before;  // N rows: of x, and of h'
   typename P::Sum *dw_ih, *dw_hh, *dbias;            // as in lstm.h; dbias at first zero
   Vec<typename P::Sum>* sums;                        // (vectors of features, 4H), at first zero
-  typename P::Words *columns, *features;  // of a chunk: (4H), and for each thread (kVectors vectors)
+  // Of a chunk: (4H), and for each thread (kVectors vectors).
+  typename P::Words *columns, *features;
   int64_t N, I, H;
 };
 

@@ -240,7 +240,7 @@ TORCH_LIBRARY_IMPL(rnn, Autograd, m) {
 
 // A Python module with nothing inside: importing it loads this library, which registers the
 // operators. A library compiled for another CPU must say so here, rather than crash in the first
-// product. (AMX is asked for at run time, see tiles.h.)
+// product. (AMX is asked for at run time: `has_amx`.)
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #define NEEDS(feature) \
   TORCH_CHECK(__builtin_cpu_supports(feature), "compiled for a CPU with " feature)

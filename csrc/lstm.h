@@ -30,7 +30,7 @@
 //
 // Tensors   Inputs are only read, results are new. All are of one type: float32, float64 or
 //           bfloat16, on CUDA also float16.
-//           lstm_forward and lstm_backward always sum a number in the same order, whatever the
+//           The operators always sum a number in the same order, whatever the
 //           threads: on one machine their results are the same bits from run to run and for any
 //           number of threads. But the kernel `simple` and the CUDA kernels leave products to
 //           torch, which does not promise that.
@@ -75,7 +75,8 @@ using LstmWeightGradients = Three(const at::Tensor& da,  // (N,4H), from lstm_ba
                                   const at::Tensor& h0,  // (B,H)
                                   at::IntArrayRef sizes, bool reverse);
 
-// ---- Who computes them. lstm.cpp checks the arguments and chooses ----
+// ---- Who computes them. lstm.cpp checks the arguments and chooses simple or fast; the functions
+// ---- called fast choose among the other kernels
 
 LstmForward forward_simple, forward_fast;  // lstm_simple.cpp, lstm_cpu.cpp
 LstmBackward backward_simple, backward_fast;
@@ -87,7 +88,7 @@ LstmWeightGradients weight_gradients_simple, weight_gradients_fast;  // fast: gr
 //   avx512_bf16  products of bfloat16 pairs
 //   amx          products of bfloat16 tiles, for float32 too
 enum class Kernel { simple, vector, avx512_bf16, amx };
-Kernel kernel();    // the most that may be used now, and this CPU has it
+Kernel kernel();    // the best one that may be used now and that this CPU can run
 bool persistent();  // the same for GPUs: the persistent form, not the stepwise one
 
 // Raise an error that says what does not fit.

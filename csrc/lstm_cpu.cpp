@@ -14,7 +14,7 @@ namespace {
 
 // ---- Forward ----
 
-constexpr int64_t kFew = 8;  // for so many rows in all (N) there are no panels
+constexpr int64_t kFew = 8;  // up to N = 8 rows there are no panels; `pays_off` knows this number
 
 constexpr int64_t kBlock = 128;  // words; sums of sums err less than one long sum
 
@@ -29,8 +29,8 @@ template <typename P, typename W> struct Forward {  // P: see product.h; weights
   int64_t B, I, H;
 };
 
-// The product without panels, for few rows: to copy W takes longer than to read it where it is. For
-// n units: out[r][gate] += the dot products of row r of x with rows gate * H + unit of w (4H,K)
+// The product without panels, for few rows: copying W would take longer than reading it in place.
+// For n units: out[r][gate] += the dot products of row r of x with rows gate * H + unit of w (4H,K)
 template <typename T, typename W, int R = kTileRows<4>>
 void dots(int64_t rows, const T* x, int64_t stride, const W* w, int64_t K, int64_t H, int64_t n,
           Vec<T>* out) {
@@ -87,6 +87,7 @@ void forward(const Forward<P, W>& a, const std::vector<Step>& steps, const Share
     const auto* before = a.h_now + t % 2 * a.B * wide;  // every row's h', or h0 if it has not begun
     auto* after = a.h_now + (t + 1) % 2 * a.B * wide;
     for (int64_t q = mine.panel; q < mine.panel_end; ++q) {
+      // Odd steps go backwards: the panels that were used last are still in the cache.
       const int64_t p = t % 2 ? mine.panel + mine.panel_end - 1 - q : q;
       const int64_t u = p * L, n = H - u;
       for_pieces(0, mine.rows(s.rows), most, [&](int64_t j0, int64_t j1) {
@@ -109,6 +110,7 @@ void forward(const Forward<P, W>& a, const std::vector<Step>& steps, const Share
           dots(rows, x, mine.every * a.I, a.w_ih + u * a.I, a.I, H, n, sum[0]);
           dots(rows, h_before, mine.every * wide, a.w_hh + u * H, H, H, n, sum[0]);
         }
+        // Compiled twice: with n = L no load or store tests for the end.
         auto finish = [&](int64_t n) __attribute__((always_inline)) {
           Vec<S> c[most];  // of all rows before the first tanh of one: it takes long to come
           for (int64_t r = 0; r < rows; ++r) {
@@ -157,7 +159,7 @@ void backward(const Backward<P>& a, const std::vector<Step>& steps, const Share&
   using Word = typename P::Word;
   constexpr int L = kLanes<S>, most = kTileRows<kVectors>;
   const int64_t I = a.I, H = a.H, wide = padded<typename P::Number>(4 * H);
-  const int64_t K = 4 * H / P::numbers, units = ceil_div(H, L);  // vectors of units; then those of x
+  const int64_t K = 4 * H / P::numbers, units = ceil_div(H, L);  // in vectors; then those of x
   int64_t panel = 0;
   for_pieces(mine.panel, mine.panel_end, kVectors, [&](int64_t v0, int64_t v1) {
     if (mine.alone && panel++ % mine.count != mine.id) return;  // another thread packs it
@@ -200,7 +202,7 @@ void backward(const Backward<P>& a, const std::vector<Step>& steps, const Share&
         const int64_t rows = std::min(j1, mine.rows(later.rows)) - j0, V = v1 - v0;
         const int64_t b0 = mine.row + j0 * mine.every;
         for (int64_t b = b0; b < std::min(s.rows, b0 + (j1 - j0) * mine.every); b += mine.every)
-          for (int64_t u = v0 * L; u < std::min(v1, units) * L; u += L) {  // fetch what `cell` wants
+          for (int64_t u = v0 * L; u < std::min(v1, units) * L; u += L) {  // fetch ahead for `cell`
             const int64_t row = s.row + b;
             for (int64_t gate = 0; gate < 4; ++gate) {
               __builtin_prefetch(a.gates + (row * 4 + gate) * H + u);
@@ -218,7 +220,8 @@ void backward(const Backward<P>& a, const std::vector<Step>& steps, const Share&
             const int64_t b = b0 + r * mine.every, u = v * L, column = u - units * L;
             const Vec<S> from_later = sum[r * V + v - v0];
             if (v >= units) {
-              if (b < later.rows) store(a.dx + (later.row + b) * I + column, from_later, I - column);
+              if (b < later.rows)
+                store(a.dx + (later.row + b) * I + column, from_later, I - column);
               continue;
             }
             if (later.going <= b && b < later.rows) store(a.dh0 + b * H + u, from_later, H - u);
@@ -246,7 +249,8 @@ Three run_forward(const at::Tensor& x, const at::Tensor& w_ih, const at::Tensor&
                   at::IntArrayRef sizes, bool reverse, bool save) {
   using T = typename P::Number;
   using S = typename P::Sum;
-  const auto type = c10::CppTypeToScalarType<T>::value, sum_type = c10::CppTypeToScalarType<S>::value;
+  const auto type = c10::CppTypeToScalarType<T>::value;
+  const auto sum_type = c10::CppTypeToScalarType<S>::value;
   const auto like = x.options().dtype(type), floats = x.options().dtype(sum_type);
   const int64_t N = x.size(0), B = h0.size(0), H = h0.size(1), wide = padded<T>(H);
   const bool few = N <= kFew && P::numbers == 1;

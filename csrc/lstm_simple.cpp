@@ -1,5 +1,5 @@
-// The operators of lstm.h in their simplest form. Read this file first: the fast kernels compute
-// the same, and are tested against it.
+// The operators of lstm.h in their simplest form. Read it right after lstm.h: the fast kernels
+// compute the same.
 //
 // The input's part of the gates' inputs does not depend on the state, so it is one product for all
 // steps. What is left for each step is one small product, with W_hh, and one elementwise loop.

@@ -1,5 +1,5 @@
-// The product that every kernel here is made of: a tile of a few rows times a panel of a few
-// vectors, with all sums in registers.
+// The product that the kernels `vector` and `avx512_bf16` are made of: a tile of a few rows times a
+// panel of a few vectors, with all sums in registers.
 //
 //     sums[r][v] += sum over k of x[r][k] * w[k][v]
 //

@@ -105,10 +105,5 @@ template <typename T> inline Vec<T> tanh(Vec<T> x) {
   return -m / (2 + m);
 }
 
-template <typename T> inline void activate(const Vec<T>* a, Vec<T>* gate) {  // i, f, g, o
-  gate[0] = sigmoid<T>(a[0]), gate[1] = sigmoid<T>(a[1]);
-  gate[2] = tanh<T>(a[2]), gate[3] = sigmoid<T>(a[3]);
-}
-
 }  // namespace
 }  // namespace rnn

@@ -109,7 +109,7 @@ inline at::Tensor fresh(at::IntArrayRef shape, const at::TensorOptions& options)
 }
 
 // The same for the largest tensors of all: gates, their gradients, the cell's states. malloc gives
-// large blocks back to the system, and to touch fresh memory costs up to a fifth of a training step:
+// large blocks back to the system, and fresh memory costs up to a fifth of a training step:
 // so the last few blocks that tensors have given back are kept, for the next ones: half a GiB at
 // most.
 inline at::Tensor reused(at::IntArrayRef shape, const at::TensorOptions& options) {

@@ -8,8 +8,8 @@
 
 namespace rnn {
 
-// As lstm.h has them. Nothing if another kernel should compute it: as it pays off there, or, for
-// float32, as a result is NaN, which may be the fault of the method.
+// As in lstm.h. They return nothing if another kernel should compute it: because that is faster, or
+// because a float32 result is NaN, which splitting into parts may have caused.
 std::optional<Three> forward_amx(const at::Tensor& x, const at::Tensor& w_ih,
                                  const at::Tensor& bias, const at::Tensor& h0,
                                  const at::Tensor& c0, const at::Tensor& w_hh,

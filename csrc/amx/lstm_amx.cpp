@@ -346,7 +346,7 @@ void backward(const Backward<T>& a, const std::vector<Step>& steps, const TileSh
 }
 
 // Equal row tiles of at most 16: 50 = 13 + 13 + 13 + 11. As many for each thread, where those can
-// share the rows (see Share): without a barrier a step of few rows takes half the time.
+// share the rows (see can_share_rows): without a barrier a step of few rows takes half the time.
 int64_t tile_rows(at::IntArrayRef sizes, double weight_bytes) {
   const int64_t B = sizes[0], tiles = (B + 15) / 16, threads = at::get_num_threads();
   const int64_t even = round_up(tiles, threads), rows = (B + even - 1) / even;
