@@ -262,3 +262,16 @@ def test_setup_py_installs_what_rnn_py_finds(tmp_path):
         assert done.stdout == f"{fused}\n" and "warn" not in done.stderr.lower(), done.stderr
     done = python(USE, RNN_KERNEL="fast", **settings)
     assert done.stderr.splitlines()[-1].startswith("ValueError: RNN_KERNEL=fast is not a kernel")
+
+
+@pytest.mark.slow
+def test_without_csrc_the_plain_path_runs(tmp_path, text):
+    """As where rnn.py and the script were copied alone."""
+    (tmp_path / "text.txt").write_text(text)
+    for name in ("rnn.py", "train_shakespeare.py"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    done = subprocess.run([sys.executable, "train_shakespeare.py", "--data", "text.txt", "--steps",
+                           "2", "--batch", "2", "--context", "9", "--hidden", "4"], cwd=tmp_path,
+                          capture_output=True, text=True, env={**os.environ, "RNN_KERNEL": ""})
+    assert done.returncode == 0 and "final val_loss=" in done.stdout
+    assert "plain path: No module named 'csrc'" in done.stderr

@@ -496,15 +496,3 @@ print("to be" + "".join(rnn.generate(model, vocab, "to be", 20, temperature=0)))
                           text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith("to be")
-
-
-@pytest.mark.slow
-def test_without_csrc_the_plain_path_runs(folder, tmp_path):
-    """As where rnn.py and the script were copied alone."""
-    for name in ("rnn.py", "train_shakespeare.py"):
-        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
-    done = subprocess.run([sys.executable, "train_shakespeare.py", "--data", folder / "text.txt",
-                           *map(str, SMALL), "--steps", "2"], cwd=tmp_path, capture_output=True,
-                          text=True, env={**os.environ, "RNN_KERNEL": ""})
-    assert done.returncode == 0 and FINAL.search(done.stdout)
-    assert "plain path: No module named 'csrc'" in done.stderr
