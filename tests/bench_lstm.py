@@ -163,7 +163,7 @@ def sample_table(threads, seconds):
 
     def ours(path):
         rnn.fused = path
-        rnn.generate(model, vocab, "0", length=500, seed=1)
+        "".join(rnn.generate(model, vocab, "0", length=500, seed=1))
         rnn.fused = native
 
     @torch.no_grad()
