@@ -60,7 +60,7 @@ inline int64_t cache_bytes() {  // of a core's own second-level cache
 }
 
 // Runs body(share) on a team, for B rows. With rows of its own a thread reads all weights in every
-// step: from its own cache, or for so many rows that it does not matter where they come from.
+// step: from its own cache, or for enough rows that it does not matter where they come from.
 template <typename Body>
 void team(int64_t panels, int64_t B, double weight_bytes, const Body& body) {
   auto share = [&](int64_t id, int64_t count) {

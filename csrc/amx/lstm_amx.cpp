@@ -31,8 +31,8 @@ struct TileShare {
   bool alone;
 };
 
-// Whether each of so many threads may take rows of its own: the weights fit each one's cache, and
-// halves of the rows are halves of the work, as all sequences are equally long.
+// Whether each thread may take rows of its own: the weights fit each one's cache, and halves of the
+// rows are halves of the work, as all sequences are equally long.
 inline bool can_share_rows(at::IntArrayRef sizes, double weight_bytes, int64_t threads) {
   return sizes.back() == sizes[0] && sizes[0] >= 4 * threads && weight_bytes <= 1.6e6;
 }
@@ -234,7 +234,7 @@ template <typename T> struct Backward {
 // In an operand gate gradients stand in the order [unit / 16][gate][16]: all of 16 units together.
 inline int64_t place(int64_t u, int64_t gate) { return u / 16 * 64 + gate * 16; }
 
-constexpr int64_t kAhead = 4;  // so many rows ahead, what backward reads is fetched
+constexpr int64_t kAhead = 4;  // backward prefetches what it reads 4 rows later
 
 template <typename T>
 void backward(const Backward<T>& a, const std::vector<Step>& steps, const TileShare& mine) {

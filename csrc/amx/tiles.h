@@ -102,7 +102,7 @@ struct Sums {
 };
 
 // The tile registers' shapes, for this thread, while this object lives: sums 0 to 3, rows 4 and 5
-// (all of so many rows), columns 6 and 7.
+// (with `rows` rows each), columns 6 and 7.
 class TileRegisters {
  public:
   explicit TileRegisters(int64_t rows) {

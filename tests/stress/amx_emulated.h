@@ -1,5 +1,5 @@
-// AMX in software, so that its kernels can be tested on a CPU without it: the tile instructions that
-// csrc/amx uses, and a system that grants their use. See amx_emulated.sh.
+// AMX in software, so that its kernels can be tested on a CPU without it: the tile instructions
+// that csrc/amx uses, and a system that grants their use. See amx_emulated.sh.
 #pragma once
 #include <immintrin.h>
 #include <sys/syscall.h>
@@ -14,7 +14,7 @@
 namespace amx_emulated {
 
 struct Tile {
-  int rows, bytes;  // its shape: so many rows of so many bytes
+  int rows, bytes;  // its shape: rows of `bytes` bytes
   alignas(64) unsigned char at[16][64];
 };
 inline thread_local Tile tiles[8];
@@ -45,7 +45,7 @@ inline float number(const unsigned char* at) {  // a bfloat16 is the upper half 
   std::memcpy(&v, &bits, 4);
   return flushed(v);
 }
-// c[m][n] += a[m][2k] b[k][2n] + a[m][2k+1] b[k][2n+1], for all k. As Intel's manual has it, the even
+// c[m][n] += a[m][2k] b[k][2n] + a[m][2k+1] b[k][2n+1], for all k. As Intel's manual has it, even
 // and the odd numbers are summed on their own, from 0, before they are added to c.
 inline void multiply(int c, int a, int b) {
   for (int m = 0; m < tiles[c].rows; ++m)
