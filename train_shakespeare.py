@@ -23,17 +23,16 @@ import time
 import timeit
 import warnings
 
-import torch
-import torch.distributed as dist
-
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # it is not needed
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+
 try:
     import rnn
 except ValueError as error:  # RNN_KERNEL names a kernel that cannot run here
     sys.exit(f"error: {error}")
 
-# ----------------------------------------------------------------------------------------------
-# Settings
+# ---- Settings --------------------------------------------------------------------------------
 
 
 def number(kind, low, high=1e18):
@@ -107,8 +106,7 @@ def fast_dtype(device):
     return "bfloat16" if seconds(torch.bfloat16) < 0.8 * seconds(torch.float32) else "float32"
 
 
-# ----------------------------------------------------------------------------------------------
-# What the run below needs
+# ---- What the run below needs ----------------------------------------------------------------
 
 
 def say(message, end="\n"):
@@ -197,8 +195,7 @@ def write(model, vocab, args):
     say("")
 
 
-# ----------------------------------------------------------------------------------------------
-# The job: settings, text, model, the loop, the result
+# ---- The job: settings, text, model, the loop, the result ------------------------------------
 
 if __name__ == "__main__":
     sys.excepthook = one_line
@@ -307,12 +304,15 @@ if __name__ == "__main__":
 
     def keep():
         """Save all that is needed to resume, in any number of processes. All of them call this."""
-        states = [rnn.map_state(torch.Tensor.cpu, state)] * world
-        if ddp:
-            dist.all_gather_object(states, states[rank])
+        def of_all_rows(part):
+            mine = part.cpu().contiguous().view(torch.uint8)  # bytes: gloo knows no bfloat16
+            parts = [mine.clone() for _ in range(world)]
+            if ddp:
+                dist.all_gather(parts, mine)
+            return torch.cat(parts, dim=1).view(part.dtype)
+        states = rnn.map_state(of_all_rows, state)
         if rank == 0:
-            rnn.save(out / "last.pt", model, vocab, config=config, run=vars(run),
-                     state=rnn.map_state(lambda *s: torch.cat(s, dim=1), *states),  # of all rows
+            rnn.save(out / "last.pt", model, vocab, config=config, run=vars(run), state=states,
                      optimizer=optimizer.state_dict(), position=batches.position)
 
     keep()  # if saving fails, then now
