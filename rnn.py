@@ -442,7 +442,7 @@ def initialize(module):
         if not isinstance(layer, nn.Linear | nn.RNNBase | nn.RNNCellBase):
             continue
         if nn.utils.parametrize.is_parametrized(layer) or layer._forward_pre_hooks:
-            raise ValueError(f"{layer} has a hook or parametrization: initialize it before that")
+            raise ValueError(f"initialize {layer} before weight_norm or other hooks are added")
         H = layer.out_features if isinstance(layer, nn.Linear) else layer.hidden_size
         for name, value in layer.named_parameters(recurse=False):
             blocks = value.chunk(max(1, len(value) // H))  # one per gate; W_hr has P < H rows

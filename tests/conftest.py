@@ -11,6 +11,8 @@ import pytest
 import torch
 
 ROOT = pathlib.Path(__file__).parent.parent
+# Of the processes that tests start: torch warns where there is no NumPy, which nothing here needs.
+os.environ["PYTHONWARNINGS"] = "ignore:Failed to initialize NumPy:UserWarning"
 sys.path.insert(0, str(ROOT))
 
 # name: (class name, further arguments)

@@ -89,7 +89,7 @@ def test_orthogonal_rows_of_all_gates_are_not_orthogonal_gates(H=128):
     torch.testing.assert_close(by_gate, torch.ones(H), rtol=0, atol=1e-5)
     nn.init.orthogonal_(layer.weight_hh_l0)  # all 4H rows at once
     values = torch.linalg.svdvals(layer.weight_hh_l0[:H].detach())
-    rms = values.square().mean().sqrt()
+    rms = float(values.square().mean().sqrt())
     assert values.min() < 0.1 and rms == pytest.approx(0.5, abs=0.02) and values.max() < 1
     row("W_hh orthogonal as one (4H, H) matrix: eigenvalues near 1", "singular values of a gate's "
         f"block {values.min():.2f} to {values.max():.2f}, rms {rms:.2f}; gate by gate 1.00",
