@@ -59,6 +59,7 @@ def test_a_kernel_that_cannot_be_is_an_error_that_lists_the_others():
     rnn.LSTM(2, 3)(torch.zeros(4, 1, 2))  # as before
 
 
+@pytest.mark.slow
 def test_the_environment_decides(tmp_path, absent):
     build_and_use = "import rnn; rnn.build();" + USE
     for kernel, fused in (("plain", False), ("simple", True), ("", True)):
@@ -72,6 +73,7 @@ def test_the_environment_decides(tmp_path, absent):
     assert "RNN_KERNEL=fast is not a kernel; possible here: plain, simple" in unknown.stderr
 
 
+@pytest.mark.slow
 def test_the_kernel_that_is_named_runs(tmp_path, absent):
     """`simple` and `vector` sum in different orders, so their last bits differ."""
     if "vector" not in torch.ops.rnn.kernels():

@@ -180,6 +180,7 @@ def test_a_run_takes_its_seconds(folder, capsys):
     assert FINAL.search(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_a_slow_machine_evaluates_on_less(folder, text, monkeypatch):
     """So that the run ends in time. With --steps all is evaluated."""
     (folder / "long.txt").write_text(10 * text)

@@ -195,6 +195,7 @@ def test_stop_words_can_carry_the_meaning():
     assert held_out[0].shape[1] <= 12 and learn(train, held_out, "rnn")[0] > 0.9
 
 
+@pytest.mark.slow
 def test_sgd_needs_a_rate_far_above_adam_s():
     train, held_out = (without(reviews(n, 30, n), list(FILLER)) for n in (2000, 10))
     last = {rate: sum(learn(train, held_out, "gru", lr=rate, optimizer=torch.optim.SGD)[1][-30:])
@@ -202,6 +203,7 @@ def test_sgd_needs_a_rate_far_above_adam_s():
     assert last[1e-3] / 30 > 0.68 > 0.5 > last[1.0] / 30
 
 
+@pytest.mark.slow
 def test_word_vectors_from_unlabelled_text_know_words_that_no_label_has_shown():
     vectors = vectors_from_text(plain_reviews(3000, 0)[0])
     train, held_out = plain_reviews(40, 1), plain_reviews(1000, 2)
