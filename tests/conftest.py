@@ -9,6 +9,7 @@ import textwrap
 
 import pytest
 import torch
+from torch.nn.utils.rnn import PackedSequence
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Of the processes that tests start: torch warns where there is no NumPy, which nothing here needs.
@@ -133,6 +134,15 @@ def need_gpu():
     build_fused()
     if not rnn.fused.has_cuda:
         pytest.skip("the fused LSTM was built without CUDA: no toolkit that fits torch's")
+
+
+def flat(value):
+    """All tensors in nested tuples, packed sequences and None."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, PackedSequence):
+        return [value.data]
+    return [t for v in value or () for t in flat(v)]
 
 
 def close(ours, theirs, dtype, times=32):

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import small
+from conftest import flat, small
 from examples.cells import ClearLSTM, LayerNormLSTM, OriginalGRU, PeepholeLSTM
 from torch import nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import rnn
 
@@ -16,15 +16,6 @@ TIGHT = {"rtol": 1e-12, "atol": 1e-12}  # float64 has 16 digits; a few are lost 
 OWN = [pytest.param(cls, more, id=f"{cls.__name__}{'_proj' if more else ''}")
        for cls in (OriginalGRU, PeepholeLSTM, LayerNormLSTM, ClearLSTM)
        for more in ({}, {"proj_size": 3}) if cls is not OriginalGRU or not more]
-
-
-def flat(value):
-    """All tensors in nested tuples, packed sequences and None."""
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, PackedSequence):
-        return [value.data]
-    return [t for v in value or () for t in flat(v)]
 
 
 def same(a, b):

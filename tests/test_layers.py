@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import KINDS
+from conftest import KINDS, flat
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
@@ -55,15 +55,6 @@ def state_for(layer, layout, dtype=torch.float64):
               for width in (layer.proj_size or H, H)]
     state = tuple(torch.randn(s, dtype=dtype, requires_grad=True) for s in shapes)
     return state if layer.mode == "LSTM" else state[0]
-
-
-def flat(value):
-    """All tensors in nested tuples, packed sequences and None."""
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, PackedSequence):
-        return [value.data]
-    return [t for v in value or () for t in flat(v)]
 
 
 def gradients(result, leaves):
