@@ -27,10 +27,10 @@ Units        Loss: nats per symbol. Perplexity: exp(loss). Bits per character (b
 """
 
 import contextlib
+import hashlib
 import math
 import os
 import sys
-import zipfile
 
 import torch
 import torch.nn as nn
@@ -120,10 +120,9 @@ def map_state(function, *states):
 
 KERNEL = os.environ.get("RNN_KERNEL", "")
 fused = None  # csrc/__init__.py as a module, once it is loaded
-if KERNEL != "plain":
-    with contextlib.suppress(ModuleNotFoundError):  # only setup.py installs this module
-        import rnn_C
-        fused = rnn_C.load(KERNEL)  # None, and a warning, if it was built for another torch or CPU
+with contextlib.suppress(ModuleNotFoundError):  # only setup.py installs this module
+    import rnn_C
+    fused = rnn_C.load(KERNEL)  # None, and a warning, if it was built for another torch or CPU
 
 
 def build():
@@ -133,8 +132,7 @@ def build():
     if not fused and KERNEL != "plain":
         sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
         import csrc
-        csrc.compile_and_load(KERNEL)
-        fused = csrc
+        fused = csrc.compile_and_load(KERNEL)
 
 
 # ---- Layers: drop-ins for torch.nn.RNN, LSTM, GRU --------------------------------------------
@@ -606,9 +604,9 @@ def generate(model, vocab, prompt="", length=500, temperature=1.0, top_k=None, s
 # ---- Checkpoints -----------------------------------------------------------------------------
 
 def save(path, model, vocab, **training):
-    """Write a CharLM, its vocabulary, and what else training needs to resume. The file is written
-    under another name, read back, then renamed: only what `load` can read replaces an earlier
-    checkpoint. Raises OSError that names the path, TypeError, or load's ValueError."""
+    """Write a CharLM, its vocabulary, and what else training needs to resume: to another name, read
+    back, then renamed, so that only what `load` can read replaces an earlier checkpoint. Raises
+    OSError that names the path, TypeError, or load's ValueError."""
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     if type(model) is not CharLM:
         raise TypeError(f"save and load know CharLM, got {type(model).__name__}")
@@ -618,6 +616,8 @@ def save(path, model, vocab, **training):
         with open(partial, "wb") as file:
             torch.save({"config": model.config, "weights": model.state_dict(),
                         "symbols": vocab.symbols, "training": training}, file)
+        with open(partial, "rb+", buffering=0) as file:
+            file.write(hashlib.sha256(file.read()).digest())  # 32 bytes; torch.load ignores them
             os.fsync(file.fileno())
         load(partial)
         os.replace(partial, path)
@@ -631,9 +631,11 @@ def save(path, model, vocab, **training):
 def load(path, device="cpu"):
     """Read a checkpoint: model, vocabulary, and the dict of what else training saved. Nothing in it
     is executed. Raises OSError, or ValueError if stored data is damaged or it is no checkpoint."""
+    with open(path, "rb") as file:
+        content = file.read()
     try:
-        if zipfile.ZipFile(path).testzip():  # torch.load compares no checksums
-            raise ValueError("a part of it is not what was written")
+        if hashlib.sha256(content[:-32]).digest() != content[-32:]:
+            raise ValueError("its bytes do not fit its checksum")
         content = torch.load(path, map_location="cpu", weights_only=True)
         config, weights, vocab = content["config"], content["weights"], Vocab(content["symbols"])
         if len(vocab) != config["vocab_size"] or len(weights) < config["layers"]:
@@ -643,8 +645,6 @@ def load(path, device="cpu"):
         model.load_state_dict(weights, assign=True)
         if config["tie"]:
             model.embedding.weight = model.output.weight
-        return model.to(device), vocab, content["training"]
-    except OSError:
-        raise
     except Exception as error:  # torch.load raises many kinds for damaged files
         raise ValueError(f"{path} is damaged or not a checkpoint of rnn.py: {error}") from error
+    return model.to(device), vocab, content["training"]

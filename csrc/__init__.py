@@ -20,9 +20,9 @@ has_cuda = None  # whether the operators run on GPUs too; None: they are not loa
 
 def load(kernel):
     """Load the operators that setup.py has compiled; `kernel` is the value of RNN_KERNEL, "" for
-    the best there is. Returns this module; or None, after a warning, if there are none or they are
-    for another Python, torch or CPU. Raises ValueError for a kernel that cannot run here."""
-    if has_cuda is None and not build.load():  # not None: somebody reloads rnn.py
+    the best there is. Returns this module; or None if the kernel is "plain", or, after a warning,
+    if the operators are for another Python, torch or CPU. ValueError for one that cannot run."""
+    if kernel == "plain" or has_cuda is None and not build.load():  # not None: rnn.py is reloaded
         return None
     _use(kernel)
     return sys.modules[__name__]
@@ -33,6 +33,7 @@ def compile_and_load(kernel):
     if has_cuda is None:
         build.compile_and_load()
     _use(kernel)
+    return sys.modules[__name__]
 
 
 def _use(kernel):

@@ -22,7 +22,7 @@ import traceback
 
 import pytest
 import torch
-from conftest import build_fused
+from conftest import build_fused, write_checkpoint
 from script import run as main
 
 import rnn
@@ -235,22 +235,15 @@ def test_a_folder_that_may_only_be_read(checkpoint):
 
 
 def test_flipped_bits_are_seen(checkpoint):
-    """torch.load alone takes most of them for other weights."""
+    """torch.load alone takes most of them for other weights, and the checksums of a ZIP file do
+    not cover the list of its parts."""
     path, whole = checkpoint
-    expected, seen = torch.load(path, weights_only=True), collections.Counter()
-    for k in range(random.randrange(EVERY), len(whole), EVERY):
+    flips = range(random.randrange(EVERY), len(whole), EVERY)
+    for k in flips:
         path.write_bytes(whole[:k] + bytes([whole[k] ^ 1 << k % 8]) + whole[k + 1 :])
-        try:
-            model, vocab, training = rnn.load(path)
-            assert same(expected["weights"], model.state_dict()), f"byte {k}"
-            assert same(expected["training"], training) and vocab.symbols == expected["symbols"]
-            assert model.config == expected["config"]
-            seen["harmless"] += 1  # padding, dates
-        except ValueError as error:
-            assert "last.pt is damaged or not a checkpoint" in str(error)
-            seen["refused"] += 1
-    print(seen, f"of {len(whole)} bytes")
-    assert seen["refused"] > seen["harmless"] / 2
+        with pytest.raises(ValueError, match="last.pt is damaged or not a checkpoint"):
+            rnn.load(path)
+    print(f"{len(flips)} flips in {len(whole)} bytes")
 
 
 HUGE = 10**9
@@ -269,9 +262,10 @@ def test_content_that_does_not_fit(checkpoint, changes):
     for name, value in changes.items():
         both = isinstance(value, dict) and value and isinstance(content[name], dict)
         content[name] = {**content[name], **value} if both else value
-    torch.save(content, path)
+    write_checkpoint(content, path)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(ValueError, match="last.pt is damaged or not a checkpoint of rnn.py: "):
+    with pytest.raises(ValueError, match="last.pt is damaged or not a checkpoint of rnn.py: "
+                                         "(?!.*checksum)"):
         rnn.load(path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
 
@@ -301,7 +295,7 @@ def test_a_damaged_run_shows_before_any_work(checkpoint, capsys, change):
     path, _ = checkpoint
     content = torch.load(path, weights_only=True)
     change(content["training"])
-    torch.save(content, path)
+    write_checkpoint(content, path)
     damaged = path.read_bytes()
     capsys.readouterr()
     with pytest.raises((ValueError, KeyError, TypeError, AttributeError)):
