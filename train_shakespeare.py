@@ -58,14 +58,14 @@ add("--cell", choices=rnn.CELLS, default="lstm", help="default lstm")
 add("--layers", type=number(int, 1, 1000), default=1, metavar="N", help="default 1")
 add("--hidden", type=size, default=512, metavar="N", help="units per layer, default 512")
 add("--embed", type=size, default=64, metavar="N", help="width of the embedding, default 64")
-add("--dropout", type=share, default=0.3, metavar="P", help="on each layer's output, default 0.3")
+add("--dropout", type=share, default=0.2, metavar="P", help="on each layer's output, default 0.2")
 add("--embed-dropout", type=share, default=0.0, metavar="P", help="on the embedding, default 0")
 add("--variational", action=argparse.BooleanOptionalAction, default=True,
     help="drop the same units at all steps of a chunk")
 add("--batch", type=size, default=16, metavar="N", help="sequences per step, default 16")
 add("--context", type=size, default=64, metavar="N", help="characters per sequence, default 64")
-add("--lr", type=rate, default=5e-3, help="largest learning rate, default 0.005")
-add("--weight-decay", type=rate, default=0.05, metavar="W", help="default 0.05")
+add("--lr", type=rate, default=1e-2, help="largest learning rate, default 0.01")
+add("--weight-decay", type=rate, default=0.1, metavar="W", help="default 0.1")
 add("--seed", type=number(int, 0), default=1, metavar="N", help="random seed, default 1")
 add("--dtype", choices=["float32", "bfloat16"], help="default: the faster one on this device")
 # A run cannot change these: its checkpoints keep them.
@@ -86,7 +86,7 @@ add("--length", type=number(int, 0), default=500, metavar="N", help="of the samp
 add("--temperature", type=rate, default=0.8, metavar="T", help="default 0.8; 0 takes the likeliest")
 add("--top-k", type=size, metavar="K", help="draw from the K likeliest symbols only")
 
-EVALS = 10  # evaluations in a run; fewer if they would take over a tenth of its --seconds
+EVALS = 10  # evaluations in a run; fewer if they would take over a twentieth of its --seconds
 ddp = "RANK" in os.environ  # started by torchrun: several processes train one model together
 rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 stop = False  # set by Ctrl-C, or when nobody reads the output any more
@@ -217,6 +217,7 @@ if __name__ == "__main__":
         if changed:
             fail(f"cannot resume: it was trained with {'; '.join(changed)}")
     args.seconds = args.seconds or (None if args.steps else 180.0)
+    warmup = min(200, (args.steps or 2000) // 10)  # steps in which the rate rises
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if ddp and device == "cuda":
@@ -231,7 +232,6 @@ if __name__ == "__main__":
     args.dtype = args.dtype or fast_dtype(device)
     if ddp:
         import torch.distributed.nn  # later it would keep the group's threads alive
-
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
         if args.batch % world:
             fail(f"--batch must be a multiple of the {world} processes, got {args.batch}")
@@ -283,7 +283,7 @@ if __name__ == "__main__":
     started = time.perf_counter()
     evaluate_windows(model, val_ids, 64)
     window = (time.perf_counter() - started) / 64
-    cost = 3 * len(val_ids) / 256 * window  # seconds of an evaluation, which takes 2 to 4 passes
+    cost = 2 * len(val_ids) / 256 * window  # seconds of an evaluation, of mostly 1.3 passes
     windows = 512
     if args.seconds:  # on a slow machine, all that is held out could take longer than the run
         windows = max(1, min(windows, int(args.seconds / 10 / window)))
@@ -328,7 +328,7 @@ if __name__ == "__main__":
             due = run.step % max(1, args.steps // EVALS) == 0 or run.step == args.steps
         else:
             done = run.seconds / max(args.seconds / 2, args.seconds - cost - rest)
-            due = run.seconds - evaluated > max(args.seconds / EVALS, 9 * cost)
+            due = run.seconds - evaluated > max(args.seconds / EVALS, 19 * cost)
         ended = done >= 1 or stop or run.stale >= (args.patience or math.inf)
         ended = ended and (recent or run.history)  # not before there is something to evaluate
         news = torch.tensor([run.seconds, done, due, bool(ended)], dtype=torch.float64)
@@ -373,7 +373,7 @@ if __name__ == "__main__":
 
         torch.manual_seed(args.seed + rank + 1000 * run.step)  # resumed, it drops the same units
         for group in optimizer.param_groups:
-            group["lr"] = rnn.learning_rate(args.lr, 20, run.step, done)
+            group["lr"] = rnn.learning_rate(args.lr, warmup, run.step, done)
         x, y = (part.chunk(world)[rank] for part in batches.next())  # this process's rows
         optimizer.zero_grad()
         loss, state = rnn.backward(replica, x, y, state, dtype=getattr(torch, args.dtype))

@@ -18,7 +18,7 @@ template <typename P> struct Gradients {
   const typename P::Number* da;                      // (N,4H)
   std::vector<const typename P::Number*> x, before;  // N rows: of x, and of h'
   typename P::Sum *dw_ih, *dw_hh, *dbias;            // as in lstm.h; dbias at first zero
-  Vec<typename P::Sum>* sums;                        // (vectors of features, 4H), at first zero
+  Vec<typename P::Sum>* sums;                        // (vectors of features, 4H)
   // Of a chunk: (4H), and for each thread (kVectors vectors).
   typename P::Words *columns, *features;
   int64_t N, I, H;
@@ -34,7 +34,7 @@ template <typename P> void gradients(const Gradients<P>& a, int64_t id, int64_t 
   const int64_t vectors = v_x + ceil_div(a.H, L);
   typename P::Words* const features = a.features + id * kChunk * kVectors;
   typename P::Words* const columns = a.columns + g0 / L * kChunk;
-  for (int64_t n0 = 0; n0 < a.N; n0 += kChunk * P::numbers) {
+  for (int64_t n0 = 0; n0 == 0 || n0 < a.N; n0 += kChunk * P::numbers) {  // no rows: zeros
     const int64_t n1 = std::min(a.N, n0 + kChunk * P::numbers), K = ceil_div(n1 - n0, P::numbers);
     for (int64_t g = g0; g < g1; g += L) {  // columns of da become rows, (4H, K)
       Vec<S> sum[8] = {};  // several, as sums of sums err less than one long sum
@@ -60,8 +60,9 @@ template <typename P> void gradients(const Gradients<P>& a, int64_t id, int64_t 
       for (int64_t g = g0; g < g1; g += L)
         for_pieces(g, std::min(g + L, g1), most, [&](int64_t r0, int64_t r1) {
           const auto* x = (const Word*)(columns + (g - g0) / L * kChunk) + r0 - g;
-          product<P, kVectors>(r1 - r0, v1 - v0, features, a.sums + v0 * G + r0 * (v1 - v0), x, 1,
-                               L, K);
+          auto* sums = a.sums + v0 * G + r0 * (v1 - v0);
+          if (n0 == 0) std::fill_n(sums, (r1 - r0) * (v1 - v0), Vec<S>{});
+          product<P, kVectors>(r1 - r0, v1 - v0, features, sums, x, 1, L, K);
         });
     });
   }
@@ -85,10 +86,10 @@ Three run(const at::Tensor& da, const at::Tensor& x, const at::Tensor& h, const 
   const auto floats = da.options().dtype(c10::CppTypeToScalarType<S>::value);
   const auto da_ = da.contiguous(), x_ = x.contiguous(), h_ = h.contiguous();
   const auto h0_ = h0.contiguous();
-  auto dw_ih = fresh({4 * H, I}, floats), dw_hh = fresh({4 * H, H}, floats);
+  auto dw_ih = reused({4 * H, I}, floats), dw_hh = reused({4 * H, H}, floats);
   auto dbias = at::zeros({4 * H}, floats);
   const int64_t vectors = ceil_div(I, kLanes<S>) + ceil_div(H, kLanes<S>);
-  auto sums = fresh({vectors, 4 * H, kLanes<S>}, floats).zero_();
+  auto sums = reused({vectors, 4 * H, kLanes<S>}, floats);
   const int64_t threads = 4.0 * N * H * (I + H) < 1e5 ? 1 : at::get_num_threads();
   auto columns = fresh({ceil_div(4 * H, kLanes<S>), kChunk, kBytes}, floats.dtype(at::kByte));
   auto features = fresh({threads, kChunk, kVectors, kBytes}, floats.dtype(at::kByte));

@@ -54,45 +54,45 @@ bool has_gpu() {
 std::atomic<Kernel> cpu_kernel = best();
 std::atomic<bool> gpu_persistent = false;
 
-// A name, what it needs, and whether that is here. Those for the CPU are in the order of Kernel.
+// A name, what it needs, whether that is here, and what it chooses.
 struct Choice {
   std::string name, needs;
   bool here;
+  Kernel cpu;
+  bool persistent = false;
 };
 
 std::vector<Choice> choices() {
   const Kernel most = best();
   const bool gpu = has_gpu();
-  return {{"simple", "nothing", true},
-          {"vector", "a build with the fast kernels", most >= Kernel::vector},
-          {"avx512_bf16", "AVX-512 BF16 in CPU and compiler", most >= Kernel::avx512_bf16},
-          {"amx", "AMX in CPU and compiler, and Linux", most >= Kernel::amx},
-          {"steps", "a GPU and a build for GPUs", gpu},
-          {"persistent", "a GPU and a build for GPUs", gpu}};
+  return {{"", "nothing", true, most},
+          {"simple", "nothing", true, Kernel::simple},
+          {"vector", "a build with the fast kernels", most >= Kernel::vector, Kernel::vector},
+          {"avx512_bf16", "AVX-512 BF16 in CPU and compiler", most >= Kernel::avx512_bf16,
+           Kernel::avx512_bf16},
+          {"amx", "AMX in CPU and compiler, and Linux", most >= Kernel::amx, Kernel::amx},
+          {"steps", "a GPU and a build for GPUs", gpu, most},
+          {"persistent", "a GPU and a build for GPUs", gpu, most, true}};
 }
 
 // The names of those that can run here.
 std::vector<std::string> kernels() {
   std::vector<std::string> names;
   for (const Choice& choice : choices())
-    if (choice.here) names.push_back(choice.name);
+    if (choice.here && !choice.name.empty()) names.push_back(choice.name);
   return names;
 }
 
-// From now on use this one. A name for the CPU leaves GPUs at `steps`; a name for GPUs, or "",
-// leaves the CPU at its best.
+// From now on use this one; "" means the best.
 void use_kernel(const std::string& name) {
   const auto all = choices();
   const auto found = std::find_if(all.begin(), all.end(),
                                   [&](const Choice& choice) { return choice.name == name; });
   const std::string possible = "; possible here: plain, " + c10::Join(", ", kernels());
-  if (!name.empty()) {
-    TORCH_CHECK_VALUE(found != all.end(), "RNN_KERNEL=", name, " is not a kernel", possible);
-    TORCH_CHECK_VALUE(found->here, "RNN_KERNEL=", name, " needs ", found->needs, possible);
-  }
-  const auto place = found - all.begin();
-  cpu_kernel = place <= int(Kernel::amx) ? Kernel(place) : best();
-  gpu_persistent = name == "persistent";
+  TORCH_CHECK_VALUE(found != all.end(), "RNN_KERNEL=", name, " is not a kernel", possible);
+  TORCH_CHECK_VALUE(found->here, "RNN_KERNEL=", name, " needs ", found->needs, possible);
+  cpu_kernel = found->cpu;
+  gpu_persistent = found->persistent;
 }
 
 // ---- Checks ----

@@ -175,17 +175,17 @@ void backward(const Backward<P>& a, const std::vector<Step>& steps, const Share&
   auto cell = [&](const Step& s, int64_t b, int64_t u, int64_t n, Vec<S> dh,
                   typename P::Number* after) __attribute__((always_inline)) {
     const int64_t row = s.row + b;
-    const auto* c_before = b < s.going ? a.c + (s.prev + b) * H : a.c0 + b * H;
+    const auto* c_row = b < s.going ? a.c + (s.prev + b) * H : a.c0 + b * H;
     const auto* gates = a.gates + row * 4 * H + u;
     const Vec<S> i = load(gates, n), f = load(gates + H, n);
     const Vec<S> g = load(gates + 2 * H, n), o = load(gates + 3 * H, n);
-    const Vec<S> tanh_c = P::tanh(load(a.c + row * H + u, n)), c = load(c_before + u, n);
+    const Vec<S> tanh_c = P::tanh(load(a.c + row * H + u, n)), c_before = load(c_row + u, n);
     dh += load(a.dh + row * H + u, n);
     Vec<S> dc = load(a.dc_now + b * H + u, n) + dh * o * (1 - tanh_c * tanh_c);
     if (a.dc) dc += load(a.dc + row * H + u, n);
     store(a.dc_now + b * H + u, dc * f, n);
-    const Vec<S> da[4] = {dc * g * i * (1 - i), dc * c * f * (1 - f), dc * i * (1 - g * g),
-                          dh * tanh_c * o * (1 - o)};
+    const Vec<S> da[4] = {dc * g * i * (1 - i), dc * c_before * f * (1 - f),
+                          dc * i * (1 - g * g), dh * tanh_c * o * (1 - o)};
     for (int64_t gate = 0; gate < 4; ++gate) {
       store(after + b * wide + gate * H + u, da[gate], n);
       store(a.da + (row * 4 + gate) * H + u, da[gate], n);
@@ -260,7 +260,7 @@ Three run_forward(const at::Tensor& x, const at::Tensor& w_ih, const at::Tensor&
   const auto x_ = whole_words<P>(x.to(type)), bias_ = bias.to(sum_type).contiguous();
   const auto w_ih_ = whole_words<P>(w_ih), w_hh_ = whole_words<P>(w_hh);
   const int64_t I = x_.size(1), K = (I + w_hh_.size(1)) / P::numbers;
-  auto packed = fresh({few ? 0 : panels, K, 4 * kBytes}, like.dtype(at::kByte));
+  auto packed = reused({few ? 0 : panels, K, 4 * kBytes}, like.dtype(at::kByte));
   auto h_now = at::zeros({2, B, wide}, like);
   h_now.narrow(2, 0, H).copy_(h0);  // both: a sequence may begin at any step
   Forward<P, W> a{data<T>(x_), data<W>(w_ih_), data<W>(w_hh_), data<S>(bias_), data<T>(h),
@@ -290,7 +290,7 @@ Four run_backward(const at::Tensor& dh, const std::optional<at::Tensor>& dc,
   const auto c0_ = c0.contiguous(), w_hh_ = w_hh.contiguous();
   const auto dc_ = dc ? dc->contiguous() : at::Tensor();
   const auto w_ih_ = w_ih ? w_ih->contiguous() : at::Tensor();
-  auto packed = fresh({vectors, K, kBytes}, like.dtype(at::kByte));
+  auto packed = reused({vectors, K, kBytes}, like.dtype(at::kByte));
   auto da_now = fresh({2, B, padded<T>(4 * H)}, like);
   Backward<P> a{data<T>(dh_), dc ? data<T>(dc_) : nullptr, data<T>(gates_), data<T>(c_),
                 data<T>(c0_), w_ih ? data<T>(w_ih_) : nullptr, data<T>(w_hh_), data<T>(da),

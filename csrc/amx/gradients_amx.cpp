@@ -75,7 +75,7 @@ void put_da(const T* da, int64_t G, int64_t g, int64_t n0, int64_t n1, Bf16* to,
 template <typename T> void weight_gradients(const Weights<T>& a, int64_t id, int64_t count) {
   constexpr int P = kParts<T>;
   const int64_t G = 4 * a.H, tiles_x = (a.I + 15) / 16, tile_sums = 2 * kSums;
-  const int64_t pairs = (G + 31) / 32, p0 = pairs * id / count, p1 = pairs * (id + 1) / count;
+  const int64_t all = (G + 31) / 32, p0 = all * id / count, p1 = all * (id + 1) / count;
   const int64_t group = std::max<int64_t>(1, kSumBytes / (a.tiles * tile_sums * 4));
   const int64_t next = std::min(kPart, round_up(a.N, 32)) / 32 * P * kTileNumbers;
   Bf16* const columns = a.columns + id * kPair<T>;

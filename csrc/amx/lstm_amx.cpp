@@ -63,29 +63,13 @@ inline std::vector<int64_t> first_rows(const std::vector<Step>& steps, int64_t B
   return first;
 }
 
-// ---- The nonlinearities ----
-//
-// For float32 those of simd.h. For bfloat16, of 8 bits, the CPU's table of reciprocals, 14 bits, is
-// precise enough: a division takes longer than all the rest.
+// ---- The nonlinearities, for numbers of P parts ----
 
-// e^x - 1 as there, with n an integer, |r| <= ln2 / 2 and a shorter series, error below 3e-6.
-inline Floats expm1_14(Floats x) {
-  const Floats limit = _mm512_set1_ps(126);  // where 2^n is still finite; NaN stays NaN
-  const Floats q = _mm512_max_ps(-limit, _mm512_min_ps(limit, x * 1.44269504f));  // x / ln2
-  const Floats n = _mm512_roundscale_ps(q, 0), r = (q - n) * 0.69314718f;
-  Floats p = _mm512_set1_ps(1 / 120.0f);
-  for (float inverse : {1 / 24.0f, 1 / 6.0f, 1 / 2.0f, 1.0f}) p = p * r + inverse;
-  const Floats power = _mm512_scalef_ps(_mm512_set1_ps(1), n);  // 2^n
-  return power * (p * r) + (power - 1);
-}
 template <int P> inline Floats sigmoid_of(Floats x) {
-  if constexpr (P == 3) return (Floats)sigmoid<float>((Vec<float>)x);
-  return _mm512_rcp14_ps(2 + expm1_14(-x));
+  return (Floats)(P == 3 ? sigmoid<float>((Vec<float>)x) : sigmoid_bf16((Vec<float>)x));
 }
 template <int P> inline Floats tanh_of(Floats x) {
-  if constexpr (P == 3) return (Floats)tanh<float>((Vec<float>)x);
-  const Floats m = expm1_14(-2 * x);
-  return -m * _mm512_rcp14_ps(2 + m);
+  return (Floats)(P == 3 ? tanh<float>((Vec<float>)x) : tanh_bf16((Vec<float>)x));
 }
 
 // Where the numbers from k on of row r of a row tile stand; k a multiple of 16, of K.
@@ -297,20 +281,20 @@ void backward(const Backward<T>& a, const std::vector<Step>& steps, const TileSh
     const int64_t later = t + 1 < steps.size() ? steps[t + 1].going : 0;  // rows that have a da'
     auto finish = [&](int64_t b, int64_t u) {
       const int64_t row = s.row + b, n = H - u;
-      const T* c_before = b < s.going ? a.c + (s.prev + b) * H : a.c0 + b * H;
+      const T* c_row = b < s.going ? a.c + (s.prev + b) * H : a.c0 + b * H;
       const T* gates = a.gates + row * 4 * H + u;
       for (int64_t gate = 0; gate < 4; ++gate) __builtin_prefetch(gates + (kAhead * 4 + gate) * H);
-      for (const T* p : {a.c + row * H, c_before, a.dh + row * H})
+      for (const T* p : {a.c + row * H, c_row, a.dh + row * H})
         __builtin_prefetch(p + kAhead * H + u);
       const Floats i = get(gates, n), f = get(gates + H, n);
       const Floats g = get(gates + 2 * H, n), o = get(gates + 3 * H, n);
       const Floats tanh_c = tanh_of<P>(get(a.c + row * H + u, n));
-      const Floats c = get(c_before + u, n);
+      const Floats c_before = get(c_row + u, n);
       const Floats dh = get(a.dh + row * H + u, n) + (b < later ? sum(b, u) : Floats{});
       Floats dc = get(a.dc_now + b * H + u, n) + dh * o * (1 - tanh_c * tanh_c);
       if (a.dc) dc += get(a.dc + row * H + u, n);
       put(a.dc_now + b * H + u, dc * f, n);
-      const Floats da[4] = {dc * g * i * (1 - i), dc * c * f * (1 - f), dc * i * (1 - g * g),
+      const Floats da[4] = {dc * g * i * (1 - i), dc * c_before * f * (1 - f), dc * i * (1 - g * g),
                             dh * tanh_c * o * (1 - o)};
       nan |= is_nan(da[0] + da[1] + da[2] + da[3]);
       for (int64_t gate = 0; gate < 4; ++gate) {
