@@ -238,7 +238,7 @@ if __name__ == "__main__":
         if rank > 0:
             dist.barrier()  # rank 0 downloads and compiles first; the others find the results
     if args.cell == "lstm" and not rnn.fused and rnn.KERNEL != "plain":
-        print("compiling csrc/ if it has changed: about a minute", file=sys.stderr, flush=True)
+        print("compiling csrc/ if it has changed: half a minute", file=sys.stderr, flush=True)
         try:
             rnn.build()
         except (ImportError, RuntimeError) as error:

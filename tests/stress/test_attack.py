@@ -49,13 +49,13 @@ def walk(sizes, reverse):
     return steps[::-1] if reverse else steps
 
 
-def forward(x, w_ih, bias, h0, c0, w_hh, sizes, reverse, save):
-    h, c, tiny = h0.clone(), c0.clone(), 1e-40
+def forward(x, w_ih, bias, h0, c0, w_hh, sizes, reverse, save, tiny=1e-40):
+    """tiny: the fast kernels' sigmoid of -infinity, which times infinity is not NaN."""
+    h, c = h0.clone(), c0.clone()
     all_h, all_c, gates = (x.new_zeros(len(x), k * h.shape[1]) for k in (1, 1, 4))
     for at in walk(sizes, reverse):
         n = len(at)
         i, f, g, o = (bias + product(x[at], w_ih) + product(h[:n], w_hh)).chunk(4, dim=1)
-        # Their sigmoid of -infinity is not quite 0, so that times infinity it is not NaN.
         i, f, g, o = i.sigmoid() + tiny, f.sigmoid() + tiny, g.tanh(), o.sigmoid() + tiny
         c[:n] = f * c[:n] + i * g
         h[:n] = o * c[:n].tanh()
@@ -246,8 +246,12 @@ def type_of_results(name, dtype):
 
 
 def compare(name, a, results):
-    expected = OPERATORS[name][1](*(t.double() if isinstance(t, torch.Tensor) else t
-                                    for t in a.values()))
+    arguments = [t.double() if isinstance(t, torch.Tensor) else t for t in a.values()]
+    expected = OPERATORS[name][1](*arguments)
+    if name == "lstm_forward":  # NaN is right too where only that sigmoid's being tiny avoids it
+        either = [t.isnan() & ~e.isnan() for t, e in zip(forward(*arguments, tiny=0), expected)]
+        results, expected = ([t.masked_fill(m, 0) for t, m in zip(r, either)]
+                             for r in (results, expected))
     if name == "lstm_forward" and a["save"]:  # where c is NaN so may be the gates
         lost = expected[1].isnan().repeat(1, 4)
         results, expected = ([*r[:2], r[2].masked_fill(lost, 0)] for r in (results, expected))
