@@ -108,10 +108,9 @@ inline at::Tensor fresh(at::IntArrayRef shape, const at::TensorOptions& options)
   return t;
 }
 
-// The same for the largest tensors of all: gates, their gradients, the cell's states. malloc gives
-// large blocks back to the system, and fresh memory costs up to a fifth of a training step:
-// so the last few blocks that tensors have given back are kept, for the next ones: half a GiB at
-// most.
+// The same for the largest tensors of all: gates, cell states, copies of the weights, gradients.
+// malloc gives large blocks back to the system, and fresh memory costs up to a fifth of a training
+// step. So the last few blocks that tensors have given back are kept: half a GiB at most.
 inline at::Tensor reused(at::IntArrayRef shape, const at::TensorOptions& options) {
   constexpr int64_t least = 1 << 20, most = 512 << 20;
   const int64_t bytes = c10::multiply_integers(shape) * options.dtype().itemsize();
