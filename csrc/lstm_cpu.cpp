@@ -37,7 +37,8 @@ void dots(int64_t rows, const T* x, int64_t stride, const W* w, int64_t K, int64
   if constexpr (R > 1)
     if (rows < R) return dots<T, W, R - 1>(rows, x, stride, w, K, H, n, out);
   for (int64_t unit = 0; unit < std::min<int64_t>(n, kLanes<T>); ++unit, w += K) {
-    Vec<T> sum[R][4] = {};
+    Vec<T> sum[R][4];
+    clear(sum);
     auto add = [&](int64_t k, int64_t exist) {
       Vec<T> values[R];
       for (int r = 0; r < R; ++r) values[r] = load(x + r * stride + k, exist);
@@ -90,16 +91,20 @@ void forward(const Forward<P, W>& a, const std::vector<Step>& steps, const Share
       // Odd steps go backwards: the panels that were used last are still in the cache.
       const int64_t p = t % 2 ? mine.panel + mine.panel_end - 1 - q : q;
       const int64_t u = p * L, n = H - u;
+      Vec<S> bias[4];
+      for (int gate = 0; gate < 4; ++gate) bias[gate] = load(a.bias + gate * H + u, n);
       for_pieces(0, mine.rows(s.rows), most, [&](int64_t j0, int64_t j1) {
         const int64_t rows = j1 - j0, b0 = mine.row + j0 * mine.every;
         const auto *x = a.x + (s.row + b0) * a.I, *h_before = before + b0 * wide;
         Vec<S> sum[most][4];
-        for (int64_t r = 0; r < rows; ++r)
-          for (int gate = 0; gate < 4; ++gate) {
-            sum[r][gate] = load(a.bias + gate * H + u, n);
-            if (a.gates)  // fetch what will be written, while the products are computed
-              __builtin_prefetch(a.gates + ((s.row + b0 + r * mine.every) * 4 + gate) * H + u, 1);
+        for (int64_t r = 0; r < rows; ++r) {
+          const int64_t row = s.row + b0 + r * mine.every;
+          __builtin_prefetch(a.h + row * H + u, 1);  // fetch what will be written, for the time of
+          for (int gate = 0; gate < 4; ++gate) {     // the products
+            if (a.gates) __builtin_prefetch(a.gates + (row * 4 + gate) * H + u, 1);
+            sum[r][gate] = bias[gate];
           }
+        }
         if (a.panels) {
           const auto* w = a.panels + p * K * 4;
           product<P, 4>(rows, 4, w, sum[0], (const Word*)x, mine.every * K_x, 1, K_x);
@@ -255,7 +260,7 @@ Three run_forward(const at::Tensor& x, const at::Tensor& w_ih, const at::Tensor&
   const int64_t N = x.size(0), B = h0.size(0), H = h0.size(1), wide = padded<T>(H);
   const bool few = N <= kFew && P::numbers == 1;
   const int64_t panels = ceil_div(H, kLanes<S>);
-  auto h = fresh({N, H}, like), c_now = fresh({B, H}, floats).copy_(c0);
+  auto h = reused({N, H}, like), c_now = fresh({B, H}, floats).copy_(c0);
   auto c = save ? reused({N, H}, like) : c_now, gates = reused({save ? N : 0, 4 * H}, like);
   const auto x_ = whole_words<P>(x.to(type)), bias_ = bias.to(sum_type).contiguous();
   const auto w_ih_ = whole_words<P>(w_ih), w_hh_ = whole_words<P>(w_hh);
@@ -284,7 +289,7 @@ Four run_backward(const at::Tensor& dh, const std::optional<at::Tensor>& dc,
   const auto like = dh.options(), floats = like.dtype(c10::CppTypeToScalarType<S>::value);
   const int64_t N = dh.size(0), B = c0.size(0), H = c0.size(1), I = w_ih ? w_ih->size(1) : 0;
   const int64_t vectors = ceil_div(H, kLanes<S>) + ceil_div(I, kLanes<S>), K = 4 * H / P::numbers;
-  auto da = reused({N, 4 * H}, like), dx = fresh({N, I}, like);
+  auto da = reused({N, 4 * H}, like), dx = reused({N, I}, like);
   auto dh0 = at::zeros({B, H}, like), dc_now = at::zeros({B, H}, floats);
   const auto dh_ = dh.contiguous(), gates_ = gates.contiguous(), c_ = c.contiguous();
   const auto c0_ = c0.contiguous(), w_hh_ = w_hh.contiguous();

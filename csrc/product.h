@@ -63,11 +63,18 @@ constexpr int kVectors = 2;  // 6 x 2 of 16
 #endif
 template <int V> constexpr int kTileRows = V > kVectors ? 3 : 6;
 
+// Sums that stay in registers; of `= {}` GCC makes a call of memset.
+template <typename T, int R, int V> void clear(T (&sums)[R][V]) {
+  for (auto& row : sums)
+    for (T& sum : row) sum = T{};
+}
+
 // w[k][v] stands at w[k * V + v], sums[r][v] at sums[r * V + v], x[r][k] at x[r * row + k * step].
 template <typename P, int R, int V>
 void tile(const typename P::Words* w, Vec<typename P::Sum>* sums, const typename P::Word* x,
           int64_t row, int64_t step, int64_t K) {
-  Vec<typename P::Sum> sum[R][V] = {};
+  Vec<typename P::Sum> sum[R][V];
+  clear(sum);
   for (int64_t k = 0; k < K; ++k, w += V, x += step) {
     typename P::Words weights[V];  // volatile: each is loaded once, not once for every row
     for (int v = 0; v < V; ++v) weights[v] = const_cast<const volatile typename P::Words*>(w)[v];

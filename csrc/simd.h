@@ -6,7 +6,7 @@
 #include <c10/util/BFloat16.h>
 
 #include <cstdint>
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -77,6 +77,18 @@ inline void store(c10::BFloat16* p, Vec<float> v, int64_t n) {
 }
 #endif
 
+// x, but from -most to most. NaN stays NaN.
+template <typename V, typename T> inline V clamp(V x, T most) {
+  x = most < x ? broadcast<T>(most) : x;
+  return -most > x ? broadcast<T>(-most) : x;
+}
+#ifdef __AVX512F__  // one instruction for each limit; GCC makes two of the above
+inline Vec<float> clamp(Vec<float> x, float most) {
+  const __m512 high = _mm512_set1_ps(most);
+  return (Vec<float>)_mm512_max_ps(-high, _mm512_min_ps(high, (__m512)x));
+}
+#endif
+
 // e^x - 1, exact to the last bits also near 0: with x = n ln2 + r, |r| <= ln2 / 2, it is
 // 2^n (e^r - 1) + (2^n - 1), and e^r - 1 is its Taylor series. NaN stays NaN.
 template <typename T> inline Vec<T> expm1(Vec<T> x) {
@@ -84,8 +96,7 @@ template <typename T> inline Vec<T> expm1(Vec<T> x) {
   constexpr T ln2_high = 355.0L / 512;  // has few bits, so that n * ln2_high is exact
   constexpr T ln2_low = 0.693147180559945309417232L - 355.0L / 512;
   constexpr T round = 1.5L * (int64_t(1) << S::mantissa);  // adding it rounds to an integer
-  x = S::largest < x ? broadcast<T>(S::largest) : x;
-  x = -S::largest > x ? broadcast<T>(-S::largest) : x;
+  x = clamp(x, S::largest);
   Vec<T> shifted = x * T(1.442695040888963407359925L) + round;  // n stands in its lowest bits
   Vec<T> n = shifted - round;
   Vec<T> r = x - n * ln2_high - n * ln2_low;
@@ -109,8 +120,7 @@ template <typename T> inline Vec<T> tanh(Vec<T> x) {
 // The same for results that become bfloat16, of 8 bits. The CPU's table of reciprocals, 14 bits, is
 // precise enough for them, and so is a shorter series: the error of e^x - 1 is below 3e-6.
 inline Vec<float> expm1_bf16(Vec<float> x) {
-  const __m512 limit = _mm512_set1_ps(126);  // where 2^n is still finite; NaN stays NaN
-  const __m512 q = _mm512_max_ps(-limit, _mm512_min_ps(limit, (__m512)x * 1.44269504f));
+  const __m512 q = (__m512)clamp(x * 1.44269504f, 126.0f);  // 2^126 is still finite
   const __m512 n = _mm512_roundscale_ps(q, 0), r = (q - n) * 0.69314718f;
   __m512 p = _mm512_set1_ps(1 / 120.0f);
   for (float inverse : {1 / 24.0f, 1 / 6.0f, 1 / 2.0f, 1.0f}) p = p * r + inverse;
