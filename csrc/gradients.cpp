@@ -60,21 +60,19 @@ template <typename P> void gradients(const Gradients<P>& a, int64_t id, int64_t 
       for (int64_t g = g0; g < g1; g += L)
         for_pieces(g, std::min(g + L, g1), most, [&](int64_t r0, int64_t r1) {
           const auto* x = (const Word*)(columns + (g - g0) / L * kChunk) + r0 - g;
-          auto* sums = a.sums + v0 * G + r0 * (v1 - v0);
+          Vec<S> only[most * kVectors];  // sums of a single chunk never leave the nearest cache
+          auto* sums = n1 - n0 == a.N ? only : a.sums + v0 * G + r0 * (v1 - v0);
           if (n0 == 0) std::fill_n(sums, (r1 - r0) * (v1 - v0), Vec<S>{});
           product<P, kVectors>(r1 - r0, v1 - v0, features, sums, x, 1, L, K);
+          for (int64_t r = r0; r < r1 && n1 == a.N; ++r)  // the last chunk
+            for (int64_t v = v0; v < v1; ++v, ++sums) {
+              const int64_t column = (v < v_x ? v : v - v_x) * L;
+              if (v < v_x) store(a.dw_ih + r * a.I + column, *sums, a.I - column);
+              else store(a.dw_hh + r * a.H + column, *sums, a.H - column);
+            }
         });
     });
   }
-  for_pieces(0, vectors, kVectors, [&](int64_t v0, int64_t v1) {
-    for (int64_t g = g0; g < g1; ++g)
-      for (int64_t v = v0; v < v1; ++v) {
-        const auto sum = a.sums[v0 * G + g * (v1 - v0) + v - v0];
-        const int64_t column = (v < v_x ? v : v - v_x) * L;
-        if (v < v_x) store(a.dw_ih + g * a.I + column, sum, a.I - column);
-        else store(a.dw_hh + g * a.H + column, sum, a.H - column);
-      }
-  });
 }
 
 template <typename P>
