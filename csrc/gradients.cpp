@@ -28,7 +28,7 @@ template <typename P> void gradients(const Gradients<P>& a, int64_t id, int64_t 
   using S = typename P::Sum;
   using Word = typename P::Word;
   using Number = typename P::Number;
-  constexpr int64_t L = kLanes<S>, most = kTileRows<kVectors>;
+  constexpr int64_t L = kLanes<S>, most = kTileRows;
   const int64_t G = 4 * a.H, all = ceil_div(G, L), v_x = ceil_div(a.I, L);
   const int64_t g0 = all * id / count * L, g1 = std::min(G, all * (id + 1) / count * L);
   const int64_t vectors = v_x + ceil_div(a.H, L);
@@ -63,7 +63,7 @@ template <typename P> void gradients(const Gradients<P>& a, int64_t id, int64_t 
           Vec<S> only[most * kVectors];  // sums of a single chunk never leave the nearest cache
           auto* sums = n1 - n0 == a.N ? only : a.sums + v0 * G + r0 * (v1 - v0);
           if (n0 == 0) std::fill_n(sums, (r1 - r0) * (v1 - v0), Vec<S>{});
-          product<P, kVectors>(r1 - r0, v1 - v0, features, sums, x, 1, L, K);
+          product<P>(r1 - r0, v1 - v0, features, sums, x, 1, L, K);
           for (int64_t r = r0; r < r1 && n1 == a.N; ++r)  // the last chunk
             for (int64_t v = v0; v < v1; ++v, ++sums) {
               const int64_t column = (v < v_x ? v : v - v_x) * L;

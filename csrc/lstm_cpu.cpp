@@ -31,7 +31,7 @@ template <typename P, typename W> struct Forward {  // P: see product.h; weights
 
 // The product without panels, for few rows: copying W would take longer than reading it in place.
 // For n units: out[r][gate] += the dot products of row r of x with rows gate * H + unit of w (4H,K)
-template <typename T, typename W, int R = kTileRows<4>>
+template <typename T, typename W, int R = kTileRows>
 void dots(int64_t rows, const T* x, int64_t stride, const W* w, int64_t K, int64_t H, int64_t n,
           Vec<T>* out) {
   if constexpr (R > 1)
@@ -74,7 +74,7 @@ template <typename P, typename W>
 void forward(const Forward<P, W>& a, const std::vector<Step>& steps, const Share& mine) {
   using S = typename P::Sum;
   using Word = typename P::Word;
-  constexpr int L = kLanes<S>, most = kTileRows<4>;
+  constexpr int L = kLanes<S>, most = kTileRows;
   const int64_t H = a.H, wide = padded<typename P::Number>(H);
   const int64_t K_x = a.I / P::numbers, K_h = ceil_div(H, P::numbers), K = K_x + K_h;  // words
   for (int64_t p = mine.panel; a.panels && p < mine.panel_end; ++p) {
@@ -107,10 +107,10 @@ void forward(const Forward<P, W>& a, const std::vector<Step>& steps, const Share
         }
         if (a.panels) {
           const auto* w = a.panels + p * K * 4;
-          product<P, 4>(rows, 4, w, sum[0], (const Word*)x, mine.every * K_x, 1, K_x);
+          product<P>(rows, 4, w, sum[0], (const Word*)x, mine.every * K_x, 1, K_x);
           for (int64_t k = 0; k < K_h; k += kBlock)
-            product<P, 4>(rows, 4, w + (K_x + k) * 4, sum[0], (const Word*)h_before + k,
-                          mine.every * wide / P::numbers, 1, std::min(kBlock, K_h - k));
+            product<P>(rows, 4, w + (K_x + k) * 4, sum[0], (const Word*)h_before + k,
+                       mine.every * wide / P::numbers, 1, std::min(kBlock, K_h - k));
         } else if constexpr (P::numbers == 1) {
           dots(rows, x, mine.every * a.I, a.w_ih + u * a.I, a.I, H, n, sum[0]);
           dots(rows, h_before, mine.every * wide, a.w_hh + u * H, H, H, n, sum[0]);
@@ -162,7 +162,7 @@ template <typename P>
 void backward(const Backward<P>& a, const std::vector<Step>& steps, const Share& mine) {
   using S = typename P::Sum;
   using Word = typename P::Word;
-  constexpr int L = kLanes<S>, most = kTileRows<kVectors>;
+  constexpr int L = kLanes<S>, most = kTileRows;
   const int64_t I = a.I, H = a.H, wide = padded<typename P::Number>(4 * H);
   const int64_t K = 4 * H / P::numbers, units = ceil_div(H, L);  // in vectors; then those of x
   int64_t panel = 0;
@@ -217,9 +217,9 @@ void backward(const Backward<P>& a, const std::vector<Step>& steps, const Share&
           }
         Vec<S> sum[most * kVectors] = {};
         for (int64_t k = 0; rows > 0 && k < K; k += kBlock)
-          product<P, kVectors>(rows, V, a.panels + v0 * K + k * V, sum,
-                               (const Word*)(before + b0 * wide) + k,
-                               mine.every * wide / P::numbers, 1, std::min(kBlock, K - k));
+          product<P>(rows, V, a.panels + v0 * K + k * V, sum,
+                     (const Word*)(before + b0 * wide) + k,
+                     mine.every * wide / P::numbers, 1, std::min(kBlock, K - k));
         for (int64_t r = 0; r < j1 - j0; ++r)
           for (int64_t v = v0; v < v1; ++v) {
             const int64_t b = b0 + r * mine.every, u = v * L, column = u - units * L;

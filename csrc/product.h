@@ -56,12 +56,12 @@ struct Pairs {
 #endif
 
 // A tile of kTileRows x kVectors sums just fits the registers with what is multiplied.
+constexpr int kVectors = 4;  // as many as gates
 #if defined(__AVX512F__) || defined(__ARM_NEON)
-constexpr int kVectors = 4;  // 6 x 4 sums of 32 registers
+constexpr int kTileRows = 6;  // 24 sums of 32 registers
 #else
-constexpr int kVectors = 2;  // 6 x 2 of 16
+constexpr int kTileRows = 3;  // 12 of 16
 #endif
-template <int V> constexpr int kTileRows = V > kVectors ? 3 : 6;
 
 // Sums that stay in registers; of `= {}` GCC makes a call of memset.
 template <typename T, int R, int V> void clear(T (&sums)[R][V]) {
@@ -75,25 +75,25 @@ void tile(const typename P::Words* w, Vec<typename P::Sum>* sums, const typename
           int64_t row, int64_t step, int64_t K) {
   Vec<typename P::Sum> sum[R][V];
   clear(sum);
-  for (int64_t k = 0; k < K; ++k, w += V, x += step) {
-    typename P::Words weights[V];  // volatile: each is loaded once, not once for every row
-    for (int v = 0; v < V; ++v) weights[v] = const_cast<const volatile typename P::Words*>(w)[v];
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < V; ++v) P::add(sum[r][v], x[r * row], weights[v]);
-  }
+  for (int64_t k = 0; k < K; ++k, w += V, x += step)
+    for (int v = 0; v < V; ++v) {
+      // volatile: loaded once, not once for every row
+      const typename P::Words weights = const_cast<const volatile typename P::Words*>(w)[v];
+      for (int r = 0; r < R; ++r) P::add(sum[r][v], x[r * row], weights);
+    }
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) sums[r * V + v] += sum[r][v];
 }
 
-// The same for any number of rows up to kTileRows and of vectors up to V. Both are template
+// The same for any number of rows up to kTileRows and of vectors up to kVectors. Both are template
 // parameters of `tile`, with one function for each, because only a sum whose place is known to the
 // compiler can stay in a register.
-template <typename P, int V, int R = kTileRows<V>, typename... Rest>
+template <typename P, int R = kTileRows, int V = kVectors, typename... Rest>
 void product(int64_t rows, int64_t vectors, Rest... rest) {
-  if constexpr (V > 1 && V <= kVectors)
-    if (vectors < V) return product<P, V - 1>(rows, vectors, rest...);
   if constexpr (R > 1)
-    if (rows < R) return product<P, V, R - 1>(rows, V, rest...);
+    if (rows < R) return product<P, R - 1, V>(rows, vectors, rest...);
+  if constexpr (V > 1)
+    if (vectors < V) return product<P, R, V - 1>(rows, vectors, rest...);
   tile<P, R, V>(rest...);
 }
 
