@@ -39,14 +39,19 @@ from torch.nn.utils.rnn import PackedSequence
 
 # ---- Cells: one step in time, as pure functions ----------------------------------------------
 # A cell takes gx = W_ih x + b_ih (B, G*H), computed beforehand; the state, a tuple (h,) or (h, c);
-# and p: p.weight_hh is weight_hh_l0, ... of its layer. It returns a dict: the new h (and c) first,
-# then the gates. A cell of your own is one short function, and all it computes can be looked at.
+# and p, its layer's parameters by name: in layer 0 p.weight_hh is weight_hh_l0. It returns a dict:
+# the new h (and c) first, then whatever you may want to look at, such as the gates.
 
 def rnn_step(gx, state, p):
     """Elman 1990."""
     (h,) = state  # (B, H)
     a = gx + F.linear(h, p.weight_hh, p.bias_hh)  # (B, H)
     return {"h": {"tanh": torch.tanh, "relu": torch.relu}[p.nonlinearity](a)}
+
+
+def project(h, p):
+    """Sak et al. 2014: a narrower h makes W_hh smaller. (B, H) -> (B, P)"""
+    return h if p.weight_hr is None else F.linear(h, p.weight_hr)
 
 
 def lstm_step(gx, state, p):
@@ -56,11 +61,6 @@ def lstm_step(gx, state, p):
     i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
     c = f * c + i * g
     return {"h": project(o * c.tanh(), p), "c": c, "i": i, "f": f, "g": g, "o": o}
-
-
-def project(h, p):
-    """Sak et al. 2014: a narrower h makes W_hh smaller. (B, H) -> (B, P)"""
-    return h if p.weight_hr is None else F.linear(h, p.weight_hr)
 
 
 def gru_step(gx, state, p):
@@ -93,7 +93,7 @@ def scan(step, rows, state, p, reverse=False, keep=False):
         rows  [a0 b0 c0], [a1 b1], [a2]          equally long sequences: T times (B, G*H)
 
     state: a tuple of (B, H); reverse: from the last step to the first; keep: return all that the
-    cell computed, not only h. Returns {"h": [T times (B_t, H)], ...} and the final state."""
+    cell returns, not only h. Returns {"h": [T times (B_t, H)], ...} and the final state."""
     kept = [None] * len(rows)
     for t in reversed(range(len(rows))) if reverse else range(len(rows)):
         # Only the first `alive` sequences have a step t. The others, which have ended (or, in
@@ -168,16 +168,16 @@ class Recurrent(nn.RNNBase):
 
     def forward(self, input, hx=None):
         """input: (T, B, I), with batch_first (B, T, I), one sequence (T, I), or a PackedSequence.
-        hx, and the state returned: (num_layers * directions, B, H), for one sequence without B,
-        for LSTM a tuple (h, c); None means zeros. Returns output and state; the output holds the
-        last layer's h at every step, (T, B, directions * H), laid out as the input. Errors are
-        torch.nn's: ValueError and RuntimeError that name what was expected."""
+        hx, and the state returned: (num_layers * directions, B, H), or without B for one sequence;
+        LSTM has a tuple of two, (h, c). None means zeros. Returns output and state; output is the
+        last layer's h at every step, (T, B, directions * H), laid out as the input. Errors have
+        torch.nn's types, ValueError and RuntimeError; they name one sequence's sizes with B = 1."""
         return self.trace(input, hx, keep=False)[:2]
 
     def trace(self, input, hx=None, keep=True):
-        """As forward, with a third result: a list, in the order of the state, with all that each
-        layer's cell computed in each direction: {"h": (T, B, H), ...} with cell states and gates
-        by name, laid out as the input. They are copies: a loss may be made of any of them."""
+        """As forward, with a third result: a list with a dict for each layer and direction, in the
+        state's order: {"h": (T, B, H), ...}, all that the cell returned, laid out as the input. A
+        loss may use any of it. Do not change it in place: the output may be the last "h"."""
         x, sizes, state = self._prepare(input, hx)  # x (T, B, I), or packed rows (N, I)
         directions = 2 if self.bidirectional else 1
         ends, traces = [], []
@@ -386,8 +386,8 @@ CELLS = {"rnn": RNN, "lstm": LSTM, "gru": GRU}  # add your own: CELLS["peep"] = 
 
 class CharLM(nn.Module):
     """Predicts the next symbol at every step: embedding, recurrent layers, output.
-    dropout acts between layers and before the output; on the embedding too, unless embed_dropout is
-    given. variational: drop the same units at all steps (Gal & Ghahramani 2016). one_hot: one-hot
+    dropout acts between layers and before the output, embed_dropout, by default as large, on the
+    embedding. variational: one mask for all steps (Gal & Ghahramani 2016). one_hot: one-hot
     vectors, no embedding. tie: the embedding is also the output matrix (Press & Wolf 2017)."""
 
     def __init__(self, vocab_size, embed=64, hidden=256, layers=1, cell="lstm", dropout=0.0,
@@ -410,7 +410,7 @@ class CharLM(nn.Module):
             self.embedding.weight = self.output.weight
 
     def forward(self, ids, state=None):
-        """ids (B, T) -> logits (B, T, V), and the state after them, as the layers'."""
+        """ids (B, T) -> logits (B, T, V) and the state after the last step, as from self.rnn."""
         x = self._drop(self.embed(ids.transpose(0, 1)), self.embed_dropout)  # (T, B, I)
         x, state = self.rnn(x, state)  # (T, B, H)
         return self.output(self._drop(x, self.dropout)).transpose(0, 1), state
@@ -464,7 +464,7 @@ def cross_entropy(logits, targets, reduction="mean"):
 
 def learning_rate(lr, warmup, step, done):
     """The rate of a step: lr times a rise over the first `warmup` steps, times half a cosine that
-    falls from 1 to 3 %. done: the part of the run that is over, from 0 to 1."""
+    falls from 1 to 0.03. done: the part of the run that is over, from 0 to 1."""
     rise = min(1.0, (step + 1) / max(warmup, 1))
     return lr * rise * (0.03 + 0.97 * (1 + math.cos(math.pi * done)) / 2)
 
@@ -477,8 +477,8 @@ def make_optimizer(model, weight_decay=0.01):
 
 
 def backward(model, x, y, state, accumulate=1, dtype=torch.float32):
-    """Add the gradient of the mean loss on one batch, x and y (B, T), to the parameters; to save
-    memory in `accumulate` parts, some of the rows each. dtype: torch.bfloat16 means autocast.
+    """Add the gradient of the mean loss on one batch, x and y (B, T), to the parameters' .grad. To
+    save memory, accumulate=4 takes a quarter of the rows at a time. dtype: bfloat16 is autocast.
 
     Returns the loss and the state after the batch, detached. That truncates backpropagation through
     time (BPTT, Williams & Peng 1990): the next batch does not backpropagate into this one."""
@@ -576,9 +576,9 @@ def perplexity(model, ids, batch=64):
 
 
 def generate(model, vocab, prompt="", length=500, temperature=1.0, top_k=None, seed=None):
-    """Yields `length` symbols that continue the prompt, or without one a new line. temperature
-    divides the logits; 0 takes the likeliest symbol. top_k: draw from the k likeliest. The first
-    next() raises ValueError for bad values, any FloatingPointError for logits not finite."""
+    """Yields `length` symbols that follow the prompt; an empty one stands for a newline, or for
+    symbol 0 if there is none. temperature divides the logits; 0 takes the likeliest. top_k: draw
+    from the k likeliest. next() raises ValueError (bad arguments) or FloatingPointError."""
     if not 0 <= temperature < math.inf or length < 0 or (top_k is not None and top_k < 1):
         raise ValueError("temperature must be 0 or more and finite, length 0 or more, top_k at "
                          f"least 1; got {temperature=}, {length=}, {top_k=}")
@@ -604,9 +604,9 @@ def generate(model, vocab, prompt="", length=500, temperature=1.0, top_k=None, s
 # ---- Checkpoints -----------------------------------------------------------------------------
 
 def save(path, model, vocab, **training):
-    """Write a CharLM, its vocabulary, and what else training needs to resume: to another name, read
-    back, then renamed, so that only what `load` can read replaces an earlier checkpoint. Raises
-    OSError that names the path, TypeError, or load's ValueError."""
+    """Write a CharLM, its vocabulary, and what else training needs to resume. The file gets its
+    name only after `load` has read it back: a save that fails leaves an earlier checkpoint as is.
+    Raises OSError that names the path, TypeError, or load's ValueError."""
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     if type(model) is not CharLM:
         raise TypeError(f"save and load know CharLM, got {type(model).__name__}")

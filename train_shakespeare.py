@@ -34,7 +34,6 @@ except ValueError as error:  # RNN_KERNEL names a kernel that cannot run here
 
 # ---- Settings --------------------------------------------------------------------------------
 
-
 def number(kind, low, high=1e18):
     """The type of a flag: an int or a float, finite, from low to high."""
     def convert(text):
@@ -68,18 +67,19 @@ add("--lr", type=rate, default=1e-2, help="largest learning rate, default 0.01")
 add("--weight-decay", type=rate, default=0.1, metavar="W", help="default 0.1")
 add("--seed", type=number(int, 0), default=1, metavar="N", help="random seed, default 1")
 add("--dtype", choices=["float32", "bfloat16"], help="default: the faster one on this device")
-# A run cannot change these: its checkpoints keep them.
+# A resumed run cannot change these: they are saved in its checkpoints.
 FIXED = ("cell", "layers", "hidden", "embed", "dropout", "embed_dropout", "variational",  # model
          "batch", "context", "lr", "weight_decay", "seed", "dtype")
-length = parser.add_mutually_exclusive_group().add_argument
-length("--seconds", type=number(float, 1e-3), metavar="S", help="time of the run, default 180")
-length("--steps", type=number(int, 1), metavar="N", help="length in optimizer steps instead")
+limit = parser.add_mutually_exclusive_group().add_argument
+limit("--seconds", type=number(float, 1e-3), metavar="S", help="time of the run, default 180")
+limit("--steps", type=number(int, 1), metavar="N", help="length in optimizer steps instead")
 add("--patience", type=size, metavar="N", help="end after N evaluations without a new best")
 add("--data", metavar="FILE", help="train on this UTF-8 text instead of Shakespeare")
 add("--out", metavar="DIR", help="folder for best.pt and last.pt, default out; if another "
                                  "run's are there, DIR-2, DIR-3, ...")
-add("--resume", metavar="CKPT", help="resume the run of this last.pt")
-add("--sample", metavar="CKPT", help="do not train, only sample from this checkpoint")
+start = parser.add_mutually_exclusive_group().add_argument
+start("--resume", metavar="CKPT", help="resume the run of this last.pt")
+start("--sample", metavar="CKPT", help="do not train, only sample from this checkpoint")
 add("--device", help="default: cuda if there is one, else cpu")
 add("--prompt", default="", metavar="TEXT", help="what the sample continues")
 add("--length", type=number(int, 0), default=500, metavar="N", help="of the sample, default 500")
@@ -93,8 +93,8 @@ stop = False  # set by Ctrl-C, or when nobody reads the output any more
 
 
 def fast_dtype(device):
-    """bfloat16 if the device multiplies matrices of it faster than float32's. On a CPU that is
-    measured, in a few milliseconds: some do it in software, some at many times the speed."""
+    """bfloat16 if the GPU supports it, or if the CPU, measured for a few milliseconds, multiplies
+    matrices clearly faster in it: some CPUs emulate it slowly, others are many times as fast."""
     if device.startswith("cuda"):
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
         return "bfloat16" if fast else "float32"
@@ -222,7 +222,7 @@ if __name__ == "__main__":
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if ddp and device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"  # each process has a GPU of its own
-    # A low estimate: weights, gradients, two averages, the best weights; what a step keeps.
+    # A low estimate: weights, gradients, AdamW's two averages, the best weights; activations.
     needed = 20 * args.layers * args.hidden * (args.hidden + args.embed)
     needed += 4 * args.layers * args.hidden * args.batch * args.context // world
     try:
@@ -230,7 +230,7 @@ if __name__ == "__main__":
     except (RuntimeError, AssertionError, TypeError) as error:
         fail(f"--device {device} cannot be used, or lacks {needed:,} bytes for the sizes: {error}")
     args.dtype = args.dtype or fast_dtype(device)
-    if ddp:
+    if ddp and not args.sample:  # to sample takes one process
         import torch.distributed.nn  # later it would keep the group's threads alive
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
         if args.batch % world:
@@ -268,7 +268,7 @@ if __name__ == "__main__":
     val_ids = ids[split:][: kept["config"]["held_out"] if args.resume else None]
     batches = rnn.Batches(ids[:split], args.batch, args.context)
     optimizer, state = rnn.make_optimizer(model, args.weight_decay), model.init_state(args.batch)
-    config = {key: getattr(args, key) for key in (*FIXED, "steps", "seconds", "data")}
+    config = {key: getattr(args, key) for key in (*FIXED, "steps", "seconds", "patience", "data")}
     run = argparse.Namespace(step=0, seconds=0.0, busy=0.0, best=math.inf, stale=0, history=[],
                              weights=model.state_dict())
     if args.resume:
@@ -279,11 +279,11 @@ if __name__ == "__main__":
     began -= run.seconds  # as if never interrupted
 
     list(rnn.generate(model, vocab, args.prompt, min(args.length, 1)))  # a bad prompt fails now
-    evaluate_windows(model, val_ids, 64)  # the first is slower
+    evaluate_windows(model, val_ids, 64)  # a warm-up
     started = time.perf_counter()
     evaluate_windows(model, val_ids, 64)
     window = (time.perf_counter() - started) / 64
-    cost = 2 * len(val_ids) / 256 * window  # seconds of an evaluation, of mostly 1.3 passes
+    cost = 2 * len(val_ids) / 256 * window  # of an evaluation: at most two passes, mostly 1.3
     windows = 512
     if args.seconds:  # on a slow machine, all that is held out could take longer than the run
         windows = max(1, min(windows, int(args.seconds / 10 / window)))

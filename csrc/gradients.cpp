@@ -18,9 +18,9 @@ template <typename P> struct Gradients {
   const typename P::Number* da;                      // (N,4H)
   std::vector<const typename P::Number*> x, before;  // N rows: of x, and of h'
   typename P::Sum *dw_ih, *dw_hh, *dbias;            // as in lstm.h; dbias at first zero
-  Vec<typename P::Sum>* sums;                        // (vectors of features, 4H)
-  // Of a chunk: (4H), and for each thread (kVectors vectors).
-  typename P::Words *columns, *features;
+  Vec<typename P::Sum>* sums;      // (panels, 4H, vectors of the panel), of several chunks
+  typename P::Words* columns;      // of da, of a chunk: (vectors of 4H, kChunk)
+  typename P::Words* features;     // of a panel, of a chunk: (threads, kChunk, kVectors)
   int64_t N, I, H;
 };
 
@@ -34,7 +34,7 @@ template <typename P> void gradients(const Gradients<P>& a, int64_t id, int64_t 
   const int64_t vectors = v_x + ceil_div(a.H, L);
   typename P::Words* const features = a.features + id * kChunk * kVectors;
   typename P::Words* const columns = a.columns + g0 / L * kChunk;
-  for (int64_t n0 = 0; n0 == 0 || n0 < a.N; n0 += kChunk * P::numbers) {  // no rows: zeros
+  for (int64_t n0 = 0; n0 == 0 || n0 < a.N; n0 += kChunk * P::numbers) {  // also for 0 rows
     const int64_t n1 = std::min(a.N, n0 + kChunk * P::numbers), K = ceil_div(n1 - n0, P::numbers);
     for (int64_t g = g0; g < g1; g += L) {  // columns of da become rows, (4H, K)
       Vec<S> sum[8] = {};  // several, as sums of sums err less than one long sum
@@ -60,11 +60,12 @@ template <typename P> void gradients(const Gradients<P>& a, int64_t id, int64_t 
       for (int64_t g = g0; g < g1; g += L)
         for_pieces(g, std::min(g + L, g1), most, [&](int64_t r0, int64_t r1) {
           const auto* x = (const Word*)(columns + (g - g0) / L * kChunk) + r0 - g;
-          Vec<S> only[most * kVectors];  // sums of a single chunk never leave the nearest cache
-          auto* sums = n1 - n0 == a.N ? only : a.sums + v0 * G + r0 * (v1 - v0);
+          Vec<S> nearest[most * kVectors];  // for a single chunk: stays in the nearest cache
+          auto* sums = n1 - n0 == a.N ? nearest : a.sums + v0 * G + r0 * (v1 - v0);
           if (n0 == 0) std::fill_n(sums, (r1 - r0) * (v1 - v0), Vec<S>{});
           product<P>(r1 - r0, v1 - v0, features, sums, x, 1, L, K);
-          for (int64_t r = r0; r < r1 && n1 == a.N; ++r)  // the last chunk
+          if (n1 < a.N) return;  // more chunks are to come
+          for (int64_t r = r0; r < r1; ++r)
             for (int64_t v = v0; v < v1; ++v, ++sums) {
               const int64_t column = (v < v_x ? v : v - v_x) * L;
               if (v < v_x) store(a.dw_ih + r * a.I + column, *sums, a.I - column);
@@ -87,9 +88,11 @@ Three run(const at::Tensor& da, const at::Tensor& x, const at::Tensor& h, const 
   auto dw_ih = reused({4 * H, I}, floats), dw_hh = reused({4 * H, H}, floats);
   auto dbias = at::zeros({4 * H}, floats);
   const int64_t vectors = ceil_div(I, kLanes<S>) + ceil_div(H, kLanes<S>);
-  auto sums = reused({vectors, 4 * H, kLanes<S>}, floats);
-  const int64_t threads = 4.0 * N * H * (I + H) < 1e5 ? 1 : at::get_num_threads();
-  auto columns = fresh({ceil_div(4 * H, kLanes<S>), kChunk, kBytes}, floats.dtype(at::kByte));
+  auto sums = reused({N > kChunk * P::numbers ? vectors : 0, 4 * H, kLanes<S>}, floats);
+  const int64_t shares = std::max<int64_t>(1, ceil_div(4 * H, kLanes<S>));
+  const int64_t threads =
+      4.0 * N * H * (I + H) < 1e5 ? 1 : std::min<int64_t>(at::get_num_threads(), shares);
+  auto columns = fresh({shares, kChunk, kBytes}, floats.dtype(at::kByte));
   auto features = fresh({threads, kChunk, kVectors, kBytes}, floats.dtype(at::kByte));
   Gradients<P> a{data<T>(da_), std::vector<const T*>(N), std::vector<const T*>(N),
                  data<S>(dw_ih), data<S>(dw_hh), data<S>(dbias), data<Vec<S>>(sums),

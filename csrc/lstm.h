@@ -67,8 +67,7 @@ using LstmBackward = Four(const at::Tensor& dh,                   // (N,H)
                           const at::Tensor& w_hh,                 // (4H,H)
                           at::IntArrayRef sizes, bool reverse);
 
-// -> dW_ih (4H,I), dW_hh (4H,H), dbias (4H); float32 for bfloat16, but some kernels round it to
-//    bfloat16 first, as torch's own products are. On the CPU only.
+// -> dW_ih (4H,I), dW_hh (4H,H), dbias (4H); float32 for bfloat16. On the CPU only.
 using LstmWeightGradients = Three(const at::Tensor& da,  // (N,4H), from lstm_backward
                                   const at::Tensor& x,   // (N,I)
                                   const at::Tensor& h,   // (N,H), from lstm_forward

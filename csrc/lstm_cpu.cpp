@@ -2,9 +2,9 @@
 //
 // The whole walk over time happens inside one team of threads. The weights are first copied into
 // panels, in the order in which the inner loop reads them; but not for a few rows in all, as in
-// sampling. A tile, a few rows of the batch x one panel, is summed over all of K in registers and
-// goes through the nonlinearities while still in the nearest cache. The state travels from step to
-// step in small buffers.
+// sampling. A tile, a few rows of the batch x one panel, is summed in registers, a block of K at a
+// time, and goes through the nonlinearities while still in the nearest cache. The state travels from
+// step to step in small buffers.
 #include "amx/amx.h"
 #include "product.h"
 #include "team.h"
@@ -38,7 +38,8 @@ void dots(int64_t rows, const T* x, int64_t stride, const W* w, int64_t K, int64
     if (rows < R) return dots<T, W, R - 1>(rows, x, stride, w, K, H, n, out);
   for (int64_t unit = 0; unit < std::min<int64_t>(n, kLanes<T>); ++unit, w += K) {
     Vec<T> sum[R][4];
-    clear(sum);
+    for (auto& row : sum)  // `= {}` would be a call of memset
+      for (Vec<T>& s : row) s = Vec<T>{};
     auto add = [&](int64_t k, int64_t exist) {
       Vec<T> values[R];
       for (int r = 0; r < R; ++r) values[r] = load(x + r * stride + k, exist);
@@ -98,26 +99,31 @@ void forward(const Forward<P, W>& a, const std::vector<Step>& steps, const Share
         const auto *x = a.x + (s.row + b0) * a.I, *h_before = before + b0 * wide;
         Vec<S> sum[most][4];
         for (int64_t r = 0; r < rows; ++r) {
+          // Fetch what will be written while the products are computed.
           const int64_t row = s.row + b0 + r * mine.every;
-          __builtin_prefetch(a.h + row * H + u, 1);  // fetch what will be written, for the time of
-          for (int gate = 0; gate < 4; ++gate) {     // the products
+          __builtin_prefetch(a.h + row * H + u, 1);
+          for (int gate = 0; gate < 4; ++gate) {
             if (a.gates) __builtin_prefetch(a.gates + (row * 4 + gate) * H + u, 1);
             sum[r][gate] = bias[gate];
           }
         }
         if (a.panels) {
+          auto add = [&](const auto* w, const auto* x, int64_t row, int64_t K) {
+            for (int64_t k = 0; k < K; k += kBlock)
+              product<P>(rows, 4, w + k * 4, sum[0], (const Word*)x + k, row, 1,
+                         std::min(kBlock, K - k));
+          };
           const auto* w = a.panels + p * K * 4;
-          product<P>(rows, 4, w, sum[0], (const Word*)x, mine.every * K_x, 1, K_x);
-          for (int64_t k = 0; k < K_h; k += kBlock)
-            product<P>(rows, 4, w + (K_x + k) * 4, sum[0], (const Word*)h_before + k,
-                       mine.every * wide / P::numbers, 1, std::min(kBlock, K_h - k));
+          add(w, x, mine.every * K_x, K_x);
+          add(w + K_x * 4, h_before, mine.every * wide / P::numbers, K_h);
         } else if constexpr (P::numbers == 1) {
           dots(rows, x, mine.every * a.I, a.w_ih + u * a.I, a.I, H, n, sum[0]);
           dots(rows, h_before, mine.every * wide, a.w_hh + u * H, H, H, n, sum[0]);
         }
-        // Compiled twice: with n = L no load or store tests for the end.
-        auto finish = [&](int64_t n) __attribute__((always_inline)) {
-          Vec<S> c[most];  // of all rows before the first tanh of one: it takes long to come
+        // The cell, from complete sums. Compiled twice: with n = L no load or store tests for the
+        // end. First every row's c, then every row's h, so that no tanh(c) waits for its own c.
+        auto cell = [&](int64_t n) __attribute__((always_inline)) {
+          Vec<S> c[most];
           for (int64_t r = 0; r < rows; ++r) {
             const int64_t b = b0 + r * mine.every;
             Vec<S>* gate = sum[r];  // i, f, g, o
@@ -136,8 +142,8 @@ void forward(const Forward<P, W>& a, const std::vector<Step>& steps, const Share
             for (int j = 0; j < 4; ++j) store(a.gates + (row * 4 + j) * H + u, sum[r][j], n);
           }
         };
-        if (n >= L) finish(L);
-        else finish(n);
+        if (n >= L) cell(L);
+        else cell(n);
       });
     }
     if (!mine.alone) barrier();
@@ -177,8 +183,9 @@ void backward(const Backward<P>& a, const std::vector<Step>& steps, const Share&
       }
   });
   barrier();
-  auto cell = [&](const Step& s, int64_t b, int64_t u, int64_t n, Vec<S> dh,
-                  typename P::Number* after) __attribute__((always_inline)) {
+  // The cell, backward, for n units of row b from u on. dh so far is da' W_hh.
+  auto cell_backward = [&](const Step& s, int64_t b, int64_t u, int64_t n, Vec<S> dh,
+                           typename P::Number* after) __attribute__((always_inline)) {
     const int64_t row = s.row + b;
     const auto* c_row = b < s.going ? a.c + (s.prev + b) * H : a.c0 + b * H;
     const auto* gates = a.gates + row * 4 * H + u;
@@ -207,7 +214,7 @@ void backward(const Backward<P>& a, const std::vector<Step>& steps, const Share&
         const int64_t rows = std::min(j1, mine.rows(later.rows)) - j0, V = v1 - v0;
         const int64_t b0 = mine.row + j0 * mine.every;
         for (int64_t b = b0; b < std::min(s.rows, b0 + (j1 - j0) * mine.every); b += mine.every)
-          for (int64_t u = v0 * L; u < std::min(v1, units) * L; u += L) {  // fetch ahead for `cell`
+          for (int64_t u = v0 * L; u < std::min(v1, units) * L; u += L) {  // fetch for the cell
             const int64_t row = s.row + b;
             for (int64_t gate = 0; gate < 4; ++gate) {
               __builtin_prefetch(a.gates + (row * 4 + gate) * H + u);
@@ -232,8 +239,8 @@ void backward(const Backward<P>& a, const std::vector<Step>& steps, const Share&
             if (later.going <= b && b < later.rows) store(a.dh0 + b * H + u, from_later, H - u);
             if (b >= s.rows) continue;
             const Vec<S> dh = b < later.going ? from_later : Vec<S>{};
-            if (u + L <= H) cell(s, b, u, L, dh, after);
-            else cell(s, b, u, H - u, dh, after);
+            if (u + L <= H) cell_backward(s, b, u, L, dh, after);
+            else cell_backward(s, b, u, H - u, dh, after);
           }
       });
     });

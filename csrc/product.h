@@ -63,18 +63,12 @@ constexpr int kTileRows = 6;  // 24 sums of 32 registers
 constexpr int kTileRows = 3;  // 12 of 16
 #endif
 
-// Sums that stay in registers; of `= {}` GCC makes a call of memset.
-template <typename T, int R, int V> void clear(T (&sums)[R][V]) {
-  for (auto& row : sums)
-    for (T& sum : row) sum = T{};
-}
-
 // w[k][v] stands at w[k * V + v], sums[r][v] at sums[r * V + v], x[r][k] at x[r * row + k * step].
 template <typename P, int R, int V>
 void tile(const typename P::Words* w, Vec<typename P::Sum>* sums, const typename P::Word* x,
           int64_t row, int64_t step, int64_t K) {
-  Vec<typename P::Sum> sum[R][V];
-  clear(sum);
+  if (K < 1) return;  // else GCC keeps a copy of the sums in memory, for the case of no loop
+  Vec<typename P::Sum> sum[R][V] = {};
   for (int64_t k = 0; k < K; ++k, w += V, x += step)
     for (int v = 0; v < V; ++v) {
       // volatile: loaded once, not once for every row
@@ -97,7 +91,7 @@ void product(int64_t rows, int64_t vectors, Rest... rest) {
   tile<P, R, V>(rest...);
 }
 
-// Cuts begin .. end into pieces of at most `most`, equal to within one: 13 = 7 + 6, not 12 + 1.
+// Cuts begin .. end into pieces of at most `most`, equal to within one: 7 = 3 + 4, not 6 + 1.
 template <typename Body>
 inline void for_pieces(int64_t begin, int64_t end, int64_t most, const Body& body) {
   const int64_t n = end - begin, pieces = (n + most - 1) / most;  // none if end <= begin

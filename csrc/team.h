@@ -1,4 +1,4 @@
-// What the CPU kernels share: threads, and the walk over the steps.
+// What the CPU kernels share: threads, the walk over the steps, and memory.
 #pragma once
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -95,6 +95,8 @@ template <typename T> const T* data(const at::Tensor& t) {
   return static_cast<const T*>(t.const_data_ptr());
 }
 
+}  // namespace
+
 // An uninitialised tensor. A large one is fresh memory, and the first touch of each of its 4 KiB
 // pages costs a fault, in all up to a quarter of a training step; so ask for pages of 2 MiB.
 inline at::Tensor fresh(at::IntArrayRef shape, const at::TensorOptions& options) {
@@ -108,9 +110,10 @@ inline at::Tensor fresh(at::IntArrayRef shape, const at::TensorOptions& options)
   return t;
 }
 
-// The same for the largest tensors of all: gates, cell states, copies of the weights, gradients.
-// malloc gives large blocks back to the system, and fresh memory costs up to a fifth of a training
-// step. So the last few blocks that tensors have given back are kept: half a GiB at most.
+// The same for the largest tensors: h, c, gates, gradients, copies of the weights. malloc gives large
+// blocks back to the system, and fresh memory costs up to a fifth of a training step. So the blocks
+// that tensors have given back are kept, half a GiB at most. Like `fresh` it is not in the unnamed
+// namespace, so that all files share what is kept.
 inline at::Tensor reused(at::IntArrayRef shape, const at::TensorOptions& options) {
   constexpr int64_t least = 1 << 20, most = 512 << 20;
   const int64_t bytes = c10::multiply_integers(shape) * options.dtype().itemsize();
@@ -120,11 +123,11 @@ inline at::Tensor reused(at::IntArrayRef shape, const at::TensorOptions& options
   at::Tensor block;
   {
     const std::lock_guard lock(mutex);
-    const auto found = std::find_if(kept.begin(), kept.end(), [&](const at::Tensor& t) {
-      return t.numel() >= bytes && t.numel() <= 2 * bytes;
-    });
+    auto found = kept.end();  // the smallest that fits, and is not more than twice too large
+    for (auto t = kept.begin(); t != kept.end(); ++t)
+      if (t->numel() >= bytes && t->numel() <= 2 * bytes &&
+          (found == kept.end() || t->numel() < found->numel())) found = t;
     if (found != kept.end()) block = *found, kept.erase(found);
-    else if (!kept.empty()) kept.erase(kept.begin());  // the oldest: sizes have changed
   }
   if (!block.defined()) block = fresh({bytes}, options.dtype(at::kByte));
   auto keep = [block](void*) {
@@ -132,10 +135,10 @@ inline at::Tensor reused(at::IntArrayRef shape, const at::TensorOptions& options
     kept.push_back(block);
     int64_t sum = 0;
     for (const at::Tensor& t : kept) sum += t.numel();
-    for (; sum > most; kept.erase(kept.begin())) sum -= kept.front().numel();
+    for (; sum > most; kept.erase(kept.begin())) sum -= kept.front().numel();  // the oldest
   };
-  return at::from_blob(block.data_ptr(), shape, keep, options);
+  return at::for_blob(block.data_ptr(), shape).deleter(keep).options(options)
+      .allocator(c10::GetAllocator(c10::kCPU)).resizeable_storage().make_tensor();
 }
 
-}  // namespace
 }  // namespace rnn

@@ -123,7 +123,7 @@ def test_inference_keeps_no_gates_but_the_same_results(shape, reverse, place):
 
 
 def test_memory_is_used_again_but_not_while_it_is_needed():
-    """Gates of 32 MiB and more are kept by csrc/ when nobody needs them any more."""
+    """Tensors of 1 MiB and more are kept by csrc/ when nobody needs them any more."""
     sizes = [64] * 64
     x, h0, c0, w_ih, bias, w_hh = (t.detach() for t in tensors(64, 3, 512, sizes, torch.float32))
 
@@ -137,6 +137,8 @@ def test_memory_is_used_again_but_not_while_it_is_needed():
         held = [gates(x), gates(-x)]
         assert len({t.data_ptr() for t in (first, other, *held)}) == 4
         assert all(torch.equal(a, b) for a, b in zip((first, other, *held), copies * 2))
+    held[0].resize_(2 * len(x), 2048)  # as any tensor can
+    assert torch.equal(held[0][: len(x)], first)
 
 
 def test_backward_twice_gives_the_same(place):

@@ -109,6 +109,14 @@ def test_bad_flags_reach_every_process(folder):
 
 
 @pytest.mark.slow
+def test_sampling_in_two_processes(folder):
+    run("--data", "text.txt", *SMALL, "--steps", 2)
+    sample = ("--sample", "out/best.pt", "--batch", 5, "--length", 9)
+    code, output, errors = finish(*sample, processes=2, cwd=folder)
+    assert code == 0 and len(output) == 10, errors
+
+
+@pytest.mark.slow
 def test_a_killed_process_ends_the_job_and_leaves_a_checkpoint(folder):
     job = two(folder, "", *EXACT, "--steps", 10**6, "--out", "out")
     last = folder / "out" / "last.pt"

@@ -152,6 +152,8 @@ def test_early_stopping(folder, capsys):
     result = run(*NEW, "patient", "--steps", 1000, "--lr", 10, "--patience", 1)
     losses = [loss for _, _, loss in result["run"].history]
     assert len(losses) < 10 and min(losses) == losses[-2] and FINAL.search(capsys.readouterr().out)
+    resumed = run("--resume", "patient/last.pt", "--steps", 2000)
+    assert resumed["run"].history == result["run"].history
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(folder, monkeypatch):
@@ -270,6 +272,7 @@ def test_a_link_stays_a_link(folder):
     (["--cell", "lstn"], "argument --cell: invalid choice: 'lstn'"),
     (["--dtype", "float16"], "argument --dtype: invalid choice: 'float16'"),
     (["--steps", "2", "--seconds", "2"], "not allowed with"),
+    (["--resume", "out/last.pt", "--sample", "out/best.pt"], "not allowed with"),
     (["--hiden", "2"], "unrecognized arguments: --hiden"),
     (["--device", "nonsense"], "--device nonsense cannot be used.*: Expected one of"),
     (["--device", "meta"], "--device meta cannot be used"),
