@@ -85,15 +85,15 @@ Three run(const at::Tensor& da, const at::Tensor& x, const at::Tensor& h, const 
   const auto floats = da.options().dtype(c10::CppTypeToScalarType<S>::value);
   const auto da_ = da.contiguous(), x_ = x.contiguous(), h_ = h.contiguous();
   const auto h0_ = h0.contiguous();
-  auto dw_ih = reused({4 * H, I}, floats), dw_hh = reused({4 * H, H}, floats);
+  auto dw_ih = buffer({4 * H, I}, floats), dw_hh = buffer({4 * H, H}, floats);
   auto dbias = at::zeros({4 * H}, floats);
   const int64_t vectors = ceil_div(I, kLanes<S>) + ceil_div(H, kLanes<S>);
-  auto sums = reused({N > kChunk * P::numbers ? vectors : 0, 4 * H, kLanes<S>}, floats);
+  auto sums = buffer({N > kChunk * P::numbers ? vectors : 0, 4 * H, kLanes<S>}, floats);
   const int64_t shares = std::max<int64_t>(1, ceil_div(4 * H, kLanes<S>));
   const int64_t threads =
       4.0 * N * H * (I + H) < 1e5 ? 1 : std::min<int64_t>(at::get_num_threads(), shares);
-  auto columns = fresh({shares, kChunk, kBytes}, floats.dtype(at::kByte));
-  auto features = fresh({threads, kChunk, kVectors, kBytes}, floats.dtype(at::kByte));
+  auto columns = buffer({shares, kChunk, kBytes}, floats.dtype(at::kByte));
+  auto features = buffer({threads, kChunk, kVectors, kBytes}, floats.dtype(at::kByte));
   Gradients<P> a{data<T>(da_), std::vector<const T*>(N), std::vector<const T*>(N),
                  data<S>(dw_ih), data<S>(dw_hh), data<S>(dbias), data<Vec<S>>(sums),
                  data<typename P::Words>(columns), data<typename P::Words>(features), N, I, H};

@@ -3,8 +3,8 @@
 // The whole walk over time happens inside one team of threads. The weights are first copied into
 // panels, in the order in which the inner loop reads them; but not for a few rows in all, as in
 // sampling. A tile, a few rows of the batch x one panel, is summed in registers, a block of K at a
-// time, and goes through the nonlinearities while still in the nearest cache. The state travels from
-// step to step in small buffers.
+// time, and goes through the nonlinearities while still in the nearest cache. The state travels
+// from step to step in small buffers.
 #include "amx/amx.h"
 #include "product.h"
 #include "team.h"
@@ -267,12 +267,12 @@ Three run_forward(const at::Tensor& x, const at::Tensor& w_ih, const at::Tensor&
   const int64_t N = x.size(0), B = h0.size(0), H = h0.size(1), wide = padded<T>(H);
   const bool few = N <= kFew && P::numbers == 1;
   const int64_t panels = ceil_div(H, kLanes<S>);
-  auto h = reused({N, H}, like), c_now = fresh({B, H}, floats).copy_(c0);
-  auto c = save ? reused({N, H}, like) : c_now, gates = reused({save ? N : 0, 4 * H}, like);
+  auto h = buffer({N, H}, like), c_now = buffer({B, H}, floats).copy_(c0);
+  auto c = save ? buffer({N, H}, like) : c_now, gates = buffer({save ? N : 0, 4 * H}, like);
   const auto x_ = whole_words<P>(x.to(type)), bias_ = bias.to(sum_type).contiguous();
   const auto w_ih_ = whole_words<P>(w_ih), w_hh_ = whole_words<P>(w_hh);
   const int64_t I = x_.size(1), K = (I + w_hh_.size(1)) / P::numbers;
-  auto packed = reused({few ? 0 : panels, K, 4 * kBytes}, like.dtype(at::kByte));
+  auto packed = buffer({few ? 0 : panels, K, 4 * kBytes}, like.dtype(at::kByte));
   auto h_now = at::zeros({2, B, wide}, like);
   h_now.narrow(2, 0, H).copy_(h0);  // both: a sequence may begin at any step
   Forward<P, W> a{data<T>(x_), data<W>(w_ih_), data<W>(w_hh_), data<S>(bias_), data<T>(h),
@@ -296,14 +296,14 @@ Four run_backward(const at::Tensor& dh, const std::optional<at::Tensor>& dc,
   const auto like = dh.options(), floats = like.dtype(c10::CppTypeToScalarType<S>::value);
   const int64_t N = dh.size(0), B = c0.size(0), H = c0.size(1), I = w_ih ? w_ih->size(1) : 0;
   const int64_t vectors = ceil_div(H, kLanes<S>) + ceil_div(I, kLanes<S>), K = 4 * H / P::numbers;
-  auto da = reused({N, 4 * H}, like), dx = reused({N, I}, like);
+  auto da = buffer({N, 4 * H}, like), dx = buffer({N, I}, like);
   auto dh0 = at::zeros({B, H}, like), dc_now = at::zeros({B, H}, floats);
   const auto dh_ = dh.contiguous(), gates_ = gates.contiguous(), c_ = c.contiguous();
   const auto c0_ = c0.contiguous(), w_hh_ = w_hh.contiguous();
   const auto dc_ = dc ? dc->contiguous() : at::Tensor();
   const auto w_ih_ = w_ih ? w_ih->contiguous() : at::Tensor();
-  auto packed = reused({vectors, K, kBytes}, like.dtype(at::kByte));
-  auto da_now = fresh({2, B, padded<T>(4 * H)}, like);
+  auto packed = buffer({vectors, K, kBytes}, like.dtype(at::kByte));
+  auto da_now = buffer({2, B, padded<T>(4 * H)}, like);
   Backward<P> a{data<T>(dh_), dc ? data<T>(dc_) : nullptr, data<T>(gates_), data<T>(c_),
                 data<T>(c0_), w_ih ? data<T>(w_ih_) : nullptr, data<T>(w_hh_), data<T>(da),
                 data<T>(dx), data<T>(dh0), data<S>(dc_now), data<typename P::Words>(packed),

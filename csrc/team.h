@@ -97,39 +97,36 @@ template <typename T> const T* data(const at::Tensor& t) {
 
 }  // namespace
 
-// An uninitialised tensor. A large one is fresh memory, and the first touch of each of its 4 KiB
-// pages costs a fault, in all up to a quarter of a training step; so ask for pages of 2 MiB.
-inline at::Tensor fresh(at::IntArrayRef shape, const at::TensorOptions& options) {
-  at::Tensor t = at::empty(shape, options);
-#ifdef __linux__
-  constexpr uintptr_t page = 1 << 21;
-  uintptr_t begin = reinterpret_cast<uintptr_t>(t.data_ptr()), end = begin + t.nbytes();
-  begin = (begin + page - 1) / page * page;
-  if (end >= begin + page) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-  return t;
-}
-
-// The same for the largest tensors: h, c, gates, gradients, copies of the weights. malloc gives large
-// blocks back to the system, and fresh memory costs up to a fifth of a training step. So the blocks
-// that tensors have given back are kept, half a GiB at most. Like `fresh` it is not in the unnamed
-// namespace, so that all files share what is kept.
-inline at::Tensor reused(at::IntArrayRef shape, const at::TensorOptions& options) {
+// An uninitialised tensor. malloc gives large blocks back to the system, and memory new from there
+// costs a fault at the first touch of each page: up to a quarter of a training step. So blocks of
+// 1 MiB and more are kept when their tensors have gone, half a GiB at most, and pages are of 2 MiB.
+// Not in the unnamed namespace: all files share what is kept.
+inline at::Tensor buffer(at::IntArrayRef shape, const at::TensorOptions& options) {
   constexpr int64_t least = 1 << 20, most = 512 << 20;
   const int64_t bytes = c10::multiply_integers(shape) * options.dtype().itemsize();
-  if (bytes < least) return fresh(shape, options);
+  if (bytes < least) return at::empty(shape, options);
   static auto& mutex = *new std::mutex;  // never destroyed: a tensor may live until the very end
   static auto& kept = *new std::vector<at::Tensor>;
+  // glibc keeps twice as much for torch's own tensors as the largest block that it has seen freed.
+  [[maybe_unused]] static const bool once = (at::empty({30 << 20}, at::kByte), true);
   at::Tensor block;
   {
     const std::lock_guard lock(mutex);
     auto found = kept.end();  // the smallest that fits, and is not more than twice too large
     for (auto t = kept.begin(); t != kept.end(); ++t)
       if (t->numel() >= bytes && t->numel() <= 2 * bytes &&
-          (found == kept.end() || t->numel() < found->numel())) found = t;
+          (found == kept.end() || t->numel() <= found->numel())) found = t;
     if (found != kept.end()) block = *found, kept.erase(found);
   }
-  if (!block.defined()) block = fresh({bytes}, options.dtype(at::kByte));
+  if (!block.defined()) {
+    block = at::empty({bytes}, options.dtype(at::kByte));
+#ifdef __linux__
+    constexpr uintptr_t page = 1 << 21;
+    uintptr_t begin = reinterpret_cast<uintptr_t>(block.data_ptr()), end = begin + bytes;
+    begin = (begin + page - 1) / page * page;
+    if (end >= begin + page) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+  }
   auto keep = [block](void*) {
     const std::lock_guard lock(mutex);
     kept.push_back(block);

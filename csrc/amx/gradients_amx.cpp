@@ -130,16 +130,16 @@ std::optional<Three> weight_gradients_amx(const at::Tensor& da, const at::Tensor
   const auto h0_ = h0.contiguous();
   const auto steps = walk(sizes, reverse);
   const auto floats = like.dtype(at::kFloat);
-  auto dw_ih = fresh({4 * H, I}, floats), dw_hh = fresh({4 * H, H}, floats);
+  auto dw_ih = buffer({4 * H, I}, floats), dw_hh = buffer({4 * H, H}, floats);
   auto dbias = at::zeros({round_up(4 * H, 32)}, floats);
   std::atomic<bool> nan = false;
   auto compute = [&](auto type) {
     using T = decltype(type);
     const int64_t tiles = round_up((I + 15) / 16 + (H + 15) / 16, 2), pairs = (H + 7) / 8;
-    auto features = fresh({tiles, std::min(kPart, round_up(N, 32)), kParts<T> * 16},
-                          like.dtype(at::kBFloat16));
-    auto columns = fresh({at::get_num_threads(), kPair<T>}, like.dtype(at::kBFloat16));
-    auto sums = fresh({pairs, tiles, 2 * kSums}, floats);
+    auto features = buffer({tiles, std::min(kPart, round_up(N, 32)), kParts<T> * 16},
+                           like.dtype(at::kBFloat16));
+    auto columns = buffer({at::get_num_threads(), kPair<T>}, like.dtype(at::kBFloat16));
+    auto sums = buffer({pairs, tiles, 2 * kSums}, floats);
     Weights<T> a{data<T>(da_), std::vector<const T*>(N), std::vector<const T*>(N),
                  data<float>(dw_ih), data<float>(dw_hh), data<float>(dbias),
                  data<Bf16>(features), data<Bf16>(columns), data<float>(sums), N, I, H, tiles,

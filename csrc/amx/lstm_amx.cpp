@@ -363,17 +363,17 @@ std::optional<Three> forward_amx(const at::Tensor& x, const at::Tensor& w_ih,
   const int64_t R = tile_rows(sizes, weight_bytes);
   const int64_t blocks = (I + 31) / 32 + (H + 31) / 32, tiles = (B + R - 1) / R;
   const int64_t panels = (H + 31) / 32;
-  auto h = fresh({N, H}, like), c = fresh({save ? N : 0, H}, like);
-  auto gates = reused({save ? N : 0, 4 * H}, like), c_now = fresh({B, H}, floats).copy_(c0);
+  auto h = buffer({N, H}, like), c = buffer({save ? N : 0, H}, like);
+  auto gates = buffer({save ? N : 0, 4 * H}, like), c_now = buffer({B, H}, floats).copy_(c0);
   const auto x_ = x.contiguous(), w_ih_ = w_ih.contiguous(), w_hh_ = w_hh.contiguous();
   const auto h0_ = h0.contiguous(), bias_ = bias.to(at::kFloat).contiguous();
-  auto sums = fresh({tiles, panels, 2, 4, kSums}, floats);
+  auto sums = buffer({tiles, panels, 2, 4, kSums}, floats);
   std::atomic<bool> nan = false;
   const auto steps = walk(sizes, reverse);
   with_type(like, [&](auto type) {
     using T = decltype(type);
     constexpr int P = kParts<T>;
-    auto columns = fresh({panels * 4, blocks, P, 2, kTileNumbers}, like.dtype(at::kBFloat16));
+    auto columns = buffer({panels * 4, blocks, P, 2, kTileNumbers}, like.dtype(at::kBFloat16));
     auto rows = at::zeros({2, tiles, blocks, P, kTileNumbers}, like.dtype(at::kBFloat16));
     Forward<T> a{data<T>(x_), data<T>(w_ih_), data<T>(h0_), data<T>(w_hh_), data<float>(bias_),
                  data<T>(h), data<T>(c), save ? data<T>(gates) : nullptr, data<Bf16>(columns),
@@ -397,21 +397,21 @@ std::optional<Four> backward_amx(const at::Tensor& dh, const std::optional<at::T
   const double weight_bytes = 8.0 * (like.dtype() == at::kFloat ? 3 : 1) * H * H;
   const int64_t R = tile_rows(sizes, weight_bytes);
   const int64_t blocks = (H + 15) / 16 * 2, tiles = (B + R - 1) / R, panels = (H + 31) / 32;
-  auto da = reused({N, 4 * H}, like), dx = fresh({N, I}, like), dh0 = at::zeros({B, H}, like);
+  auto da = buffer({N, 4 * H}, like), dx = buffer({N, I}, like), dh0 = at::zeros({B, H}, like);
   const auto dh_ = dh.contiguous(), gates_ = gates.contiguous(), c_ = c.contiguous();
   const auto c0_ = c0.contiguous(), w_hh_ = w_hh.contiguous();
   const auto dc_ = dc ? dc->contiguous() : at::Tensor();
   const auto w_ih_ = w_ih ? w_ih->contiguous() : at::Tensor();
   auto dc_now = at::zeros({B, H}, floats);
-  auto sums = fresh({tiles, panels, 2, kSums}, floats);
+  auto sums = buffer({tiles, panels, 2, kSums}, floats);
   std::atomic<bool> nan = false;
   const auto steps = walk(sizes, reverse);
   const auto first = first_rows(steps, B);
   with_type(like, [&](auto type) {
     using T = decltype(type);
     constexpr int P = kParts<T>;
-    auto columns = fresh({panels + (I + 31) / 32, blocks, P, 2, kTileNumbers},
-                         like.dtype(at::kBFloat16));
+    auto columns = buffer({panels + (I + 31) / 32, blocks, P, 2, kTileNumbers},
+                          like.dtype(at::kBFloat16));
     auto rows = at::zeros({2, tiles, blocks, P, kTileNumbers}, like.dtype(at::kBFloat16));
     Backward<T> a{data<T>(dh_), dc ? data<T>(dc_) : nullptr, data<T>(gates_), data<T>(c_),
                   data<T>(c0_), I ? data<T>(w_ih_) : nullptr, data<T>(w_hh_), data<T>(da),
