@@ -57,7 +57,7 @@ add("--cell", choices=rnn.CELLS, default="lstm", help="default lstm")
 add("--layers", type=number(int, 1, 1000), default=1, metavar="N", help="default 1")
 add("--hidden", type=size, default=512, metavar="N", help="units per layer, default 512")
 add("--embed", type=size, default=64, metavar="N", help="width of the embedding, default 64")
-add("--dropout", type=share, default=0.2, metavar="P", help="on each layer's output, default 0.2")
+add("--dropout", type=share, default=0.3, metavar="P", help="on each layer's output, default 0.3")
 add("--embed-dropout", type=share, default=0.0, metavar="P", help="on the embedding, default 0")
 add("--variational", action=argparse.BooleanOptionalAction, default=True,
     help="drop the same units at all steps of a chunk")
