@@ -283,7 +283,7 @@ if __name__ == "__main__":
     started = time.perf_counter()
     evaluate_windows(model, val_ids, 64)
     window = (time.perf_counter() - started) / 64
-    cost = 2 * len(val_ids) / 256 * window  # of an evaluation: at most two passes, mostly 1.3
+    cost = 2 * len(val_ids) / 256 * window  # of an evaluation, of mostly 1.3 passes
     windows = 512
     if args.seconds:  # on a slow machine, all that is held out could take longer than the run
         windows = max(1, min(windows, int(args.seconds / 10 / window)))
