@@ -239,36 +239,5 @@ TORCH_LIBRARY_IMPL(rnn, Autograd, m) {
 }
 
 // A Python module with nothing inside: importing it loads this library, which registers the
-// operators. A library compiled for another CPU must say so here, rather than crash in the first
-// product. (AMX is asked for at run time: `has_amx`.)
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-#define NEEDS(feature) \
-  TORCH_CHECK(__builtin_cpu_supports(feature), "compiled for a CPU with " feature)
-#ifdef __AVX2__
-  NEEDS("avx2");
-#endif
-#ifdef __FMA__
-  NEEDS("fma");
-#endif
-#ifdef __BMI2__
-  NEEDS("bmi2");
-#endif
-#ifdef __AVX512F__
-  NEEDS("avx512f");
-#endif
-#ifdef __AVX512BW__
-  NEEDS("avx512bw");
-#endif
-#ifdef __AVX512DQ__
-  NEEDS("avx512dq");
-#endif
-#ifdef __AVX512VL__
-  NEEDS("avx512vl");
-#endif
-#ifdef __AVX512VBMI2__
-  NEEDS("avx512vbmi2");
-#endif
-#ifdef __AVX512BF16__
-  NEEDS("avx512bf16");
-#endif
-}
+// operators. One for another CPU is never imported: its name says for which it is (build.py).
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {}

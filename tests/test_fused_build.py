@@ -5,7 +5,6 @@ The tests marked `slow` compile csrc/ anew, which takes minutes.
 
 import io
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -148,32 +147,6 @@ def test_two_libraries_in_one_process_are_an_error_and_not_its_end(tmp_path, abs
                   PYTHONPATH=absent)
     assert done.returncode == 1 and done.stderr.strip().endswith(
         "the operators of another build are loaded already: restart Python")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="has no other instruction sets")
-def test_a_library_for_another_cpu_says_so(tmp_path, absent):
-    """It pretends that this CPU has nothing, and is asked twice."""
-    shutil.copy(ROOT / "rnn.py", tmp_path)
-    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    for name, old, new in (
-            ("lstm.cpp", r"__builtin_cpu_supports\(feature\)", "false"),
-            ("build.py", r"SOURCES = .*", 'SOURCES = ["lstm.cpp", "lstm_simple.cpp"]'),
-            ("build.py", '"-O3", native', '"-DRNN_ONLY_SIMPLE", "-O1", native')):
-        source, count = re.subn(old, new, (tmp_path / "csrc" / name).read_text())
-        assert count == 1
-        (tmp_path / "csrc" / name).write_text(source)
-    done = python("""
-        import rnn
-        for _ in range(2):
-            try:
-                rnn.build()
-            except RuntimeError as error:
-                print(str(error).splitlines()[0])
-    """, tmp_path, PYTHONPATH=str(tmp_path), TORCH_EXTENSIONS_DIR=str(tmp_path / "cache"))
-    first, second = done.stdout.splitlines()
-    assert "compiled for a CPU with" in first, done.stderr
-    assert second.endswith("the operators of another build are loaded already: restart Python")
 
 
 # ---- compiling just in time ----
