@@ -83,8 +83,10 @@ Three run(const at::Tensor& da, const at::Tensor& x, const at::Tensor& h, const 
   using S = typename P::Sum;
   const int64_t N = x.size(0), I = x.size(1), H = h0.size(1);
   const auto floats = da.options().dtype(c10::CppTypeToScalarType<S>::value);
-  const auto da_ = da.contiguous(), x_ = x.contiguous(), h_ = h.contiguous();
-  const auto h0_ = h0.contiguous();
+  auto read = [&](const at::Tensor& t) {
+    return t.to(c10::CppTypeToScalarType<T>::value).contiguous();
+  };
+  const auto da_ = read(da), x_ = read(x), h_ = read(h), h0_ = read(h0);
   auto dw_ih = buffer({4 * H, I}, floats), dw_hh = buffer({4 * H, H}, floats);
   auto dbias = at::zeros({4 * H}, floats);
   const int64_t vectors = ceil_div(I, kLanes<S>) + ceil_div(H, kLanes<S>);
@@ -112,12 +114,11 @@ Three weight_gradients_fast(const at::Tensor& da, const at::Tensor& x, const at:
                             const at::Tensor& h0, at::IntArrayRef sizes, bool reverse) {
   if (auto found = weight_gradients_amx(da, x, h, h0, sizes, reverse)) return *found;
   if (da.scalar_type() == at::kDouble) return run<Singles<double>>(da, x, h, h0, sizes, reverse);
-  if (da.scalar_type() == at::kFloat) return run<Singles<float>>(da, x, h, h0, sizes, reverse);
 #ifdef __AVX512BF16__
-  if (kernel() >= Kernel::avx512_bf16) return run<Pairs>(da, x, h, h0, sizes, reverse);
+  if (da.scalar_type() == at::kBFloat16 && kernel() >= Kernel::avx512_bf16)
+    return run<Pairs>(da, x, h, h0, sizes, reverse);
 #endif
-  return run<Singles<float>>(da.to(at::kFloat), x.to(at::kFloat), h.to(at::kFloat),
-                             h0.to(at::kFloat), sizes, reverse);
+  return run<Singles<float>>(da, x, h, h0, sizes, reverse);
 }
 
 }  // namespace rnn

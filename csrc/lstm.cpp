@@ -29,15 +29,8 @@ bool has_amx() {
 #endif
 }
 
-#ifdef RNN_ONLY_SIMPLE  // for a compiler without the vector types of the fast kernels
-constexpr bool kHasFast = false;
-#else
-constexpr bool kHasFast = true;
-#endif
-
 // The best kernel of this library that this CPU can run.
 Kernel best() {
-  if (!kHasFast) return Kernel::simple;
 #ifdef __AVX512BF16__
   static const Kernel best = has_amx() ? Kernel::amx : Kernel::avx512_bf16;
   return best;
@@ -67,7 +60,7 @@ std::vector<Choice> choices() {
   const bool gpu = has_gpu();
   return {{"", "nothing", true, most},
           {"simple", "nothing", true, Kernel::simple},
-          {"vector", "a build with the fast kernels", most >= Kernel::vector, Kernel::vector},
+          {"vector", "nothing", true, Kernel::vector},
           {"avx512_bf16", "AVX-512 BF16 in CPU and compiler", most >= Kernel::avx512_bf16,
            Kernel::avx512_bf16},
           {"amx", "AMX in CPU and compiler, and Linux", most >= Kernel::amx, Kernel::amx},
@@ -174,15 +167,17 @@ void check_backward(const at::Tensor& dh, const std::optional<at::Tensor>& dc,
 
 namespace {
 
+bool simple(const at::Tensor& t) {
+  return kernel() == Kernel::simple && t.scalar_type() != at::kBFloat16;
+}
+
 Three forward(const at::Tensor& x, const at::Tensor& w_ih, const at::Tensor& bias,
               const at::Tensor& h0, const at::Tensor& c0, const at::Tensor& w_hh,
               at::IntArrayRef sizes, bool reverse, bool save) {
   check_forward(x, w_ih, bias, h0, c0, w_hh, sizes);
   const NoAutocast here;
-  if constexpr (kHasFast)
-    if (kernel() != Kernel::simple)
-      return forward_fast(x, w_ih, bias, h0, c0, w_hh, sizes, reverse, save);
-  return forward_simple(x, w_ih, bias, h0, c0, w_hh, sizes, reverse, save);
+  const auto compute = simple(x) ? forward_simple : forward_fast;
+  return compute(x, w_ih, bias, h0, c0, w_hh, sizes, reverse, save);
 }
 
 Four backward(const at::Tensor& dh, const std::optional<at::Tensor>& dc, const at::Tensor& gates,
@@ -190,10 +185,8 @@ Four backward(const at::Tensor& dh, const std::optional<at::Tensor>& dc, const a
               const at::Tensor& w_hh, at::IntArrayRef sizes, bool reverse) {
   check_backward(dh, dc, gates, c, c0, w_ih, w_hh, sizes);
   const NoAutocast here;
-  if constexpr (kHasFast)
-    if (kernel() != Kernel::simple)
-      return backward_fast(dh, dc, gates, c, c0, w_ih, w_hh, sizes, reverse);
-  return backward_simple(dh, dc, gates, c, c0, w_ih, w_hh, sizes, reverse);
+  const auto compute = simple(dh) ? backward_simple : backward_fast;
+  return compute(dh, dc, gates, c, c0, w_ih, w_hh, sizes, reverse);
 }
 
 Three weight_gradients(const at::Tensor& da, const at::Tensor& x, const at::Tensor& h,
@@ -206,9 +199,8 @@ Three weight_gradients(const at::Tensor& da, const at::Tensor& x, const at::Tens
   check("h", h, da, {N, H}), check("h0", h0, da, {B, H});
   check_sizes(sizes, B, N);
   const NoAutocast here;
-  if constexpr (kHasFast)
-    if (kernel() != Kernel::simple) return weight_gradients_fast(da, x, h, h0, sizes, reverse);
-  return weight_gradients_simple(da, x, h, h0, sizes, reverse);
+  const auto compute = simple(da) ? weight_gradients_simple : weight_gradients_fast;
+  return compute(da, x, h, h0, sizes, reverse);
 }
 
 }  // namespace

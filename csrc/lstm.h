@@ -29,11 +29,10 @@
 //           its steps that the walk meets, and stays when there are no more.
 //
 // Tensors   Inputs are only read, results are new. All are of one type: float32, float64 or
-//           bfloat16, on CUDA also float16.
-//           The operators always sum a number in the same order, whatever the
-//           threads: on one machine their results are the same bits from run to run and for any
-//           number of threads. But the kernel `simple` and the CUDA kernels leave products to
-//           torch, which does not promise that.
+//           bfloat16, on CUDA also float16. Numbers are always summed in the same order: on one
+//           machine results are the same bits from run to run and for any number of threads. But
+//           the kernel `simple` and the CUDA kernels leave products to torch, which does not
+//           promise that.
 #pragma once
 #include <ATen/ATen.h>
 
@@ -82,7 +81,7 @@ LstmBackward backward_simple, backward_fast;
 LstmWeightGradients weight_gradients_simple, weight_gradients_fast;  // fast: gradients.cpp
 
 // The kernels for the CPU; each may also use what those before it use.
-//   simple       lstm_simple.cpp, on any CPU
+//   simple       lstm_simple.cpp, on any CPU; not for bfloat16, which `vector` computes
 //   vector       vectors of float32 or float64; bfloat16 is computed in float32
 //   avx512_bf16  products of bfloat16 pairs
 //   amx          products of bfloat16 tiles, for float32 too

@@ -16,7 +16,20 @@ namespace {
 
 constexpr int64_t kFew = 8;  // up to N = 8 rows there are no panels; `pays_off` knows this number
 
+// Up to so many sequences, threads share no rows, and the products that do not depend on the state
+// are computed for all steps at once: a step then reads W_hh alone.
+constexpr int64_t kFewSequences = 2;
+
 constexpr int64_t kBlock = 128;  // words; sums of sums err less than one long sum
+
+// Adds to sums (rows, V) the products of rows of K words, `row` apart, with a panel of V vectors.
+template <typename P, typename T>
+void add_products(int64_t rows, int64_t V, const typename P::Words* w,
+                  Vec<typename P::Sum>* sums, const T* x, int64_t row, int64_t K) {
+  for (int64_t k = 0; k < K; k += kBlock)
+    product<P>(rows, V, w + k * V, sums, (const typename P::Word*)x + k, row, 1,
+               std::min(kBlock, K - k));
+}
 
 template <typename P, typename W> struct Forward {  // P: see product.h; weights of type W
   const typename P::Number* x;                      // as in lstm.h, of an even I for pairs
@@ -24,9 +37,10 @@ template <typename P, typename W> struct Forward {  // P: see product.h; weights
   const typename P::Sum* bias;
   typename P::Number *h, *c, *gates;  // (N,H), (N,H), (N,4H); gates null: no c either
   typename P::Words* panels;          // null, or (panels of L units, K, 4 gates)
+  Vec<typename P::Sum>* x_sums;       // null, or (panels, N, 4 gates): x W_ih^T
   typename P::Number* h_now;          // (2, B, padded H), double-buffered
   typename P::Sum* c_now;             // (B,H)
-  int64_t B, I, H;
+  int64_t N, B, I, H;
 };
 
 // The product without panels, for few rows: copying W would take longer than reading it in place.
@@ -59,9 +73,10 @@ void dots(int64_t rows, const T* x, int64_t stride, const W* w, int64_t K, int64
 }
 
 // Rows of w (4H,K), in words, become lanes: `to` is a panel from its first word on.
-template <typename P>
-void pack(const typename P::Word* w, int64_t K, int64_t H, int64_t u, typename P::Words* to) {
+template <typename P, typename W>
+void pack(const W* numbers, int64_t K, int64_t H, int64_t u, typename P::Words* to) {
   constexpr int64_t L = kLanes<typename P::Sum>;
+  const auto* w = (const std::conditional_t<P::numbers == 1, W, typename P::Word>*)numbers;
   for (int64_t k0 = 0; k0 < K; k0 += L)  // a few words at a time stay in the nearest cache
     for (int64_t gate = 0; gate < 4; ++gate)
       for (int64_t lane = 0; lane < L; ++lane) {
@@ -80,10 +95,17 @@ void forward(const Forward<P, W>& a, const std::vector<Step>& steps, const Share
   const int64_t K_x = a.I / P::numbers, K_h = ceil_div(H, P::numbers), K = K_x + K_h;  // words
   for (int64_t p = mine.panel; a.panels && p < mine.panel_end; ++p) {
     if (mine.alone && p % mine.count != mine.id) continue;  // another thread packs it
-    pack<P>((const Word*)a.w_ih, K_x, H, p * L, a.panels + p * K * 4);
-    pack<P>((const Word*)a.w_hh, K_h, H, p * L, a.panels + (p * K + K_x) * 4);
+    pack<P>(a.w_ih, K_x, H, p * L, a.panels + p * K * 4);
+    pack<P>(a.w_hh, K_h, H, p * L, a.panels + (p * K + K_x) * 4);
   }
   barrier();
+  // Few sequences: the input's products for all steps.
+  for (int64_t p = mine.panel; a.x_sums && p < mine.panel_end; ++p)
+    for_pieces(0, a.N, most, [&](int64_t j0, int64_t j1) {
+      auto* sums = a.x_sums + (p * a.N + j0) * 4;
+      std::fill_n(sums, (j1 - j0) * 4, Vec<S>{});
+      add_products<P>(j1 - j0, 4, a.panels + p * K * 4, sums, a.x + j0 * a.I, K_x, K_x);
+    });
   for (size_t t = 0; t < steps.size(); ++t) {
     const Step& s = steps[t];
     const auto* before = a.h_now + t % 2 * a.B * wide;  // every row's h', or h0 if it has not begun
@@ -105,17 +127,14 @@ void forward(const Forward<P, W>& a, const std::vector<Step>& steps, const Share
           for (int gate = 0; gate < 4; ++gate) {
             if (a.gates) __builtin_prefetch(a.gates + (row * 4 + gate) * H + u, 1);
             sum[r][gate] = bias[gate];
+            if (a.x_sums) sum[r][gate] += a.x_sums[(p * a.N + row) * 4 + gate];
           }
         }
         if (a.panels) {
-          auto add = [&](const auto* w, const auto* x, int64_t row, int64_t K) {
-            for (int64_t k = 0; k < K; k += kBlock)
-              product<P>(rows, 4, w + k * 4, sum[0], (const Word*)x + k, row, 1,
-                         std::min(kBlock, K - k));
-          };
           const auto* w = a.panels + p * K * 4;
-          add(w, x, mine.every * K_x, K_x);
-          add(w + K_x * 4, h_before, mine.every * wide / P::numbers, K_h);
+          if (!a.x_sums) add_products<P>(rows, 4, w, sum[0], x, mine.every * K_x, K_x);
+          add_products<P>(rows, 4, w + K_x * 4, sum[0], h_before,
+                          mine.every * wide / P::numbers, K_h);
         } else if constexpr (P::numbers == 1) {
           dots(rows, x, mine.every * a.I, a.w_ih + u * a.I, a.I, H, n, sum[0]);
           dots(rows, h_before, mine.every * wide, a.w_hh + u * H, H, H, n, sum[0]);
@@ -161,8 +180,39 @@ template <typename P> struct Backward {
   typename P::Sum* dc_now;     // (B,H): dc' f', at first zero
   typename P::Words* panels;   // (vectors, 4H in words)
   typename P::Number* da_now;  // (2, B, padded 4H), double-buffered
-  int64_t B, I, H;             // I 0: no dx
+  int64_t N, B, I, H;          // I 0: no dx
 };
+
+// Copies columns of the weights, in vectors v0 .. v1, into their panel.
+template <typename P> void pack(const Backward<P>& a, int64_t v0, int64_t v1) {
+  constexpr int64_t L = kLanes<typename P::Sum>;
+  const int64_t units = ceil_div(a.H, L), K = 4 * a.H / P::numbers;
+  auto* to = a.panels + v0 * K;
+  for (int64_t k = 0; k < K; ++k)
+    for (int64_t v = v0; v < v1; ++v, ++to) {
+      const int64_t width = v < units ? a.H : a.I, column = (v < units ? v : v - units) * L;
+      const auto* w = (v < units ? a.w_hh : a.w_ih) + k * P::numbers * width + column;
+      *to = P::words(w, w + width, width - column);
+    }
+}
+
+// dx of all steps, from da of all steps: this thread's share of the columns.
+template <typename P> void input_gradient(const Backward<P>& a, const Share& mine) {
+  constexpr int64_t L = kLanes<typename P::Sum>;
+  const int64_t units = ceil_div(a.H, L), all = ceil_div(a.I, L), K = 4 * a.H / P::numbers;
+  const int64_t begin = units + all * mine.id / mine.count;
+  const int64_t end = units + all * (mine.id + 1) / mine.count;
+  for_pieces(begin, end, kVectors, [&](int64_t v0, int64_t v1) {
+    pack(a, v0, v1);
+    for_pieces(0, a.N, kTileRows, [&](int64_t n0, int64_t n1) {
+      Vec<typename P::Sum> sums[kTileRows * kVectors] = {}, *sum = sums;
+      add_products<P>(n1 - n0, v1 - v0, a.panels + v0 * K, sums, a.da + n0 * 4 * a.H, K, K);
+      for (int64_t n = n0; n < n1; ++n)
+        for (int64_t column = (v0 - units) * L; column < (v1 - units) * L; column += L)
+          store(a.dx + n * a.I + column, *sum++, a.I - column);
+    });
+  });
+}
 
 template <typename P>
 void backward(const Backward<P>& a, const std::vector<Step>& steps, const Share& mine) {
@@ -173,14 +223,7 @@ void backward(const Backward<P>& a, const std::vector<Step>& steps, const Share&
   const int64_t K = 4 * H / P::numbers, units = ceil_div(H, L);  // in vectors; then those of x
   int64_t panel = 0;
   for_pieces(mine.panel, mine.panel_end, kVectors, [&](int64_t v0, int64_t v1) {
-    if (mine.alone && panel++ % mine.count != mine.id) return;  // another thread packs it
-    auto* to = a.panels + v0 * K;
-    for (int64_t k = 0; k < K; ++k)
-      for (int64_t v = v0; v < v1; ++v, ++to) {
-        const int64_t width = v < units ? H : I, column = (v < units ? v : v - units) * L;
-        const auto* w = (v < units ? a.w_hh : a.w_ih) + k * P::numbers * width + column;
-        *to = P::words(w, w + width, width - column);
-      }
+    if (!mine.alone || panel++ % mine.count == mine.id) pack(a, v0, v1);  // else another thread
   });
   barrier();
   // The cell, backward, for n units of row b from u on. dh so far is da' W_hh.
@@ -223,10 +266,9 @@ void backward(const Backward<P>& a, const std::vector<Step>& steps, const Share&
             __builtin_prefetch(a.c + row * H + u), __builtin_prefetch(a.dh + row * H + u);
           }
         Vec<S> sum[most * kVectors] = {};
-        for (int64_t k = 0; rows > 0 && k < K; k += kBlock)
-          product<P>(rows, V, a.panels + v0 * K + k * V, sum,
-                     (const Word*)(before + b0 * wide) + k,
-                     mine.every * wide / P::numbers, 1, std::min(kBlock, K - k));
+        if (rows > 0)
+          add_products<P>(rows, V, a.panels + v0 * K, sum, before + b0 * wide,
+                          mine.every * wide / P::numbers, K);
         for (int64_t r = 0; r < j1 - j0; ++r)
           for (int64_t v = v0; v < v1; ++v) {
             const int64_t b = b0 + r * mine.every, u = v * L, column = u - units * L;
@@ -246,6 +288,7 @@ void backward(const Backward<P>& a, const std::vector<Step>& steps, const Share&
     });
     if (!mine.alone) barrier();
   }
+  if (a.B <= kFewSequences) input_gradient(a, mine);  // the walk had the units alone
 }
 
 // ---- The operators ----
@@ -273,16 +316,18 @@ Three run_forward(const at::Tensor& x, const at::Tensor& w_ih, const at::Tensor&
   const auto w_ih_ = whole_words<P>(w_ih), w_hh_ = whole_words<P>(w_hh);
   const int64_t I = x_.size(1), K = (I + w_hh_.size(1)) / P::numbers;
   auto packed = buffer({few ? 0 : panels, K, 4 * kBytes}, like.dtype(at::kByte));
+  const bool x_first = !few && B <= kFewSequences;
+  auto x_sums = buffer({x_first ? panels : 0, N, 4 * kLanes<S>}, floats);
   auto h_now = at::zeros({2, B, wide}, like);
   h_now.narrow(2, 0, H).copy_(h0);  // both: a sequence may begin at any step
   Forward<P, W> a{data<T>(x_), data<W>(w_ih_), data<W>(w_hh_), data<S>(bias_), data<T>(h),
                   save ? data<T>(c) : nullptr, save ? data<T>(gates) : nullptr,
-                  few ? nullptr : data<typename P::Words>(packed), data<T>(h_now), data<S>(c_now),
-                  B, I, H};
+                  few ? nullptr : data<typename P::Words>(packed),
+                  x_first ? data<Vec<S>>(x_sums) : nullptr, data<T>(h_now), data<S>(c_now),
+                  N, B, I, H};
   const auto steps = walk(sizes, reverse);
-  team(panels, B, 4.0 * H * K * sizeof(typename P::Word), [&](const Share& mine) {
-    forward(a, steps, mine);
-  });
+  team(panels, B, 4.0 * H * K * sizeof(typename P::Word),
+       [&](const Share& mine) { forward(a, steps, mine); });
   return {h, c.to(type), gates};
 }
 
@@ -293,26 +338,27 @@ Four run_backward(const at::Tensor& dh, const std::optional<at::Tensor>& dc,
                   at::IntArrayRef sizes, bool reverse) {
   using T = typename P::Number;
   using S = typename P::Sum;
-  const auto like = dh.options(), floats = like.dtype(c10::CppTypeToScalarType<S>::value);
+  const auto type = c10::CppTypeToScalarType<T>::value;
+  const auto sum_type = c10::CppTypeToScalarType<S>::value;
+  const auto like = dh.options().dtype(type), floats = like.dtype(sum_type);
   const int64_t N = dh.size(0), B = c0.size(0), H = c0.size(1), I = w_ih ? w_ih->size(1) : 0;
-  const int64_t vectors = ceil_div(H, kLanes<S>) + ceil_div(I, kLanes<S>), K = 4 * H / P::numbers;
+  const int64_t units = ceil_div(H, kLanes<S>), vectors = units + ceil_div(I, kLanes<S>);
+  const int64_t K = 4 * H / P::numbers;
   auto da = buffer({N, 4 * H}, like), dx = buffer({N, I}, like);
   auto dh0 = at::zeros({B, H}, like), dc_now = at::zeros({B, H}, floats);
-  const auto dh_ = dh.contiguous(), gates_ = gates.contiguous(), c_ = c.contiguous();
-  const auto c0_ = c0.contiguous(), w_hh_ = w_hh.contiguous();
-  const auto dc_ = dc ? dc->contiguous() : at::Tensor();
-  const auto w_ih_ = w_ih ? w_ih->contiguous() : at::Tensor();
+  auto read = [&](const at::Tensor& t) { return t.to(type).contiguous(); };
+  const auto dh_ = read(dh), gates_ = read(gates), c_ = read(c), c0_ = read(c0);
+  const auto w_hh_ = read(w_hh), w_ih_ = w_ih ? read(*w_ih) : w_hh_, dc_ = dc ? read(*dc) : dh_;
   auto packed = buffer({vectors, K, kBytes}, like.dtype(at::kByte));
   auto da_now = buffer({2, B, padded<T>(4 * H)}, like);
   Backward<P> a{data<T>(dh_), dc ? data<T>(dc_) : nullptr, data<T>(gates_), data<T>(c_),
                 data<T>(c0_), w_ih ? data<T>(w_ih_) : nullptr, data<T>(w_hh_), data<T>(da),
                 data<T>(dx), data<T>(dh0), data<S>(dc_now), data<typename P::Words>(packed),
-                data<T>(da_now), B, I, H};
+                data<T>(da_now), N, B, I, H};
   const auto steps = walk(sizes, reverse);
-  team(vectors, B, 4.0 * H * (H + I) * sizeof(T), [&](const Share& mine) {
-    backward(a, steps, mine);
-  });
-  return {da, dx, dh0, dc_now.to(like.dtype())};
+  team(B <= kFewSequences ? units : vectors, B, 4.0 * H * (H + I) * sizeof(T),
+       [&](const Share& mine) { backward(a, steps, mine); });
+  return {da, dx, dh0, dc_now.to(type)};
 }
 
 template <typename... Tensors> auto all_to(at::ScalarType type, const Tensors&... tensors) {
@@ -334,11 +380,7 @@ Three forward_fast(const at::Tensor& x, const at::Tensor& w_ih, const at::Tensor
 #ifdef __AVX512BF16__
   if (kernel() >= Kernel::avx512_bf16 && x.size(0) > kFew) return run(run_forward<Pairs>);
 #endif
-  // In float32. Few rows read the weights as they are.
-  auto [h, c, gates] = x.size(0) <= kFew
-      ? run(run_forward<Singles<float>, at::BFloat16>)
-      : run_forward<Singles<float>>(x, w_ih.to(at::kFloat), bias, h0, c0, w_hh.to(at::kFloat),
-                                    sizes, reverse, save);
+  auto [h, c, gates] = run(run_forward<Singles<float>, at::BFloat16>);  // in float32
   return all_to(at::kBFloat16, h, c, gates);
 }
 
@@ -351,17 +393,12 @@ Four backward_fast(const at::Tensor& dh, const std::optional<at::Tensor>& dc,
   };
   if (auto found = run(backward_amx)) return *found;
   if (w_hh.scalar_type() == at::kDouble) return run(run_backward<Singles<double>>);
-  if (w_hh.scalar_type() == at::kFloat) return run(run_backward<Singles<float>>);
 #ifdef __AVX512BF16__
-  if (kernel() >= Kernel::avx512_bf16) return run(run_backward<Pairs>);
+  if (w_hh.scalar_type() == at::kBFloat16 && kernel() >= Kernel::avx512_bf16)
+    return run(run_backward<Pairs>);
 #endif
-  std::optional<at::Tensor> dc_, w_ih_;
-  if (dc) dc_ = dc->to(at::kFloat);
-  if (w_ih) w_ih_ = w_ih->to(at::kFloat);
-  auto [da, dx, dh0, dc0] = run_backward<Singles<float>>(
-      dh.to(at::kFloat), dc_, gates.to(at::kFloat), c.to(at::kFloat), c0.to(at::kFloat), w_ih_,
-      w_hh.to(at::kFloat), sizes, reverse);
-  return all_to(at::kBFloat16, da, dx, dh0, dc0);
+  auto [da, dx, dh0, dc0] = run(run_backward<Singles<float>>);
+  return all_to(w_hh.scalar_type(), da, dx, dh0, dc0);
 }
 
 }  // namespace rnn

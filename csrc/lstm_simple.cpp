@@ -3,7 +3,6 @@
 //
 // The input's part of the gates' inputs does not depend on the state, so it is one product for all
 // steps. What is left for each step is one small product, with W_hh, and one elementwise loop.
-// bfloat16 is computed in float32.
 #include "lstm.h"
 #include "team.h"  // Step, walk: the steps in walking order
 
@@ -14,13 +13,6 @@
 
 namespace rnn {
 namespace {
-
-bool is_bf16(const at::Tensor& t) { return t.scalar_type() == at::kBFloat16; }
-at::Tensor wide(const at::Tensor& t) { return t.to(at::kFloat); }
-std::optional<at::Tensor> wide(const std::optional<at::Tensor>& t) {
-  return t ? std::optional(wide(*t)) : t;
-}
-at::Tensor narrow(const at::Tensor& t) { return t.to(at::kBFloat16); }
 
 // A copy in memory of its own, row after row.
 at::Tensor copy(const at::Tensor& t) { return t.clone(at::MemoryFormat::Contiguous); }
@@ -79,11 +71,6 @@ void cell_backward(at::Tensor gates_, at::Tensor c_, at::Tensor c_before_, at::T
 Three forward_simple(const at::Tensor& x, const at::Tensor& w_ih, const at::Tensor& bias,
                      const at::Tensor& h0, const at::Tensor& c0, const at::Tensor& w_hh,
                      at::IntArrayRef sizes, bool reverse, bool save) {
-  if (is_bf16(x)) {
-    auto [h, c, gates] = forward_simple(wide(x), wide(w_ih), wide(bias), wide(h0), wide(c0),
-                                        wide(w_hh), sizes, reverse, save);
-    return {narrow(h), narrow(c), narrow(gates)};
-  }
   const at::Tensor gates = at::addmm(bias, x, w_ih.t());              // (N,4H)
   const at::Tensor h = at::empty({x.size(0), h0.size(1)}, x.options());  // (N,H)
   const at::Tensor c = save ? at::empty_like(h) : at::Tensor();
@@ -104,11 +91,6 @@ Four backward_simple(const at::Tensor& dh, const std::optional<at::Tensor>& dc,
                      const at::Tensor& gates, const at::Tensor& c, const at::Tensor& c0,
                      const std::optional<at::Tensor>& w_ih, const at::Tensor& w_hh,
                      at::IntArrayRef sizes, bool reverse) {
-  if (is_bf16(dh)) {
-    auto [da, dx, dh0, dc0] = backward_simple(wide(dh), wide(dc), wide(gates), wide(c), wide(c0),
-                                              wide(w_ih), wide(w_hh), sizes, reverse);
-    return {narrow(da), narrow(dx), narrow(dh0), narrow(dc0)};
-  }
   const at::Tensor da = at::empty(gates.sizes(), gates.options());  // (N,4H)
   const at::Tensor dh_now = at::zeros(c0.sizes(), c0.options());    // (B,H): da' W_hh
   const at::Tensor dc_now = at::zeros(c0.sizes(), c0.options());    // (B,H): dc' f'
@@ -130,8 +112,6 @@ Four backward_simple(const at::Tensor& dh, const std::optional<at::Tensor>& dc,
 
 Three weight_gradients_simple(const at::Tensor& da, const at::Tensor& x, const at::Tensor& h,
                               const at::Tensor& h0, at::IntArrayRef sizes, bool reverse) {
-  if (is_bf16(da))
-    return weight_gradients_simple(wide(da), wide(x), wide(h), wide(h0), sizes, reverse);
   const at::Tensor before = at::empty(h.sizes(), h.options());  // (N,H): h' of every row
   const at::Tensor h_now = copy(h0);                            // (B,H)
   for (const Step& s : walk(sizes, reverse)) {

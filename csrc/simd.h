@@ -54,8 +54,8 @@ template <typename T> inline Vec<T> load(const T* p, int64_t n) {
   return v;
 }
 // A bfloat16 is the upper half of a float32, and becomes one.
+typedef uint16_t Half __attribute__((vector_size(kBytes / 2), aligned(2), may_alias));
 inline Vec<float> load(const c10::BFloat16* p, int64_t n) {
-  typedef uint16_t Half __attribute__((vector_size(kBytes / 2), aligned(2), may_alias));
   typedef uint32_t Bits __attribute__((vector_size(kBytes)));
   if (n >= kLanes<float>)
     return (Vec<float>)(__builtin_convertvector(*reinterpret_cast<const Half*>(p), Bits) << 16);
@@ -71,7 +71,6 @@ template <typename T> inline void store(T* p, Vec<T> v, int64_t n) {
 
 #ifdef __AVX512BF16__
 inline void store(c10::BFloat16* p, Vec<float> v, int64_t n) {
-  typedef uint16_t Half __attribute__((vector_size(kBytes / 2), aligned(2), may_alias));
   if (n >= kLanes<float>) *reinterpret_cast<Half*>(p) = (Half)_mm512_cvtneps_pbh((__m512)v);
   else for (int64_t j = 0; j < n; ++j) p[j] = v[j];
 }

@@ -16,13 +16,13 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import rnn
 
 # B, I, H, sizes: no H but 16 fills a vector; one sequence, one step; packed sequences. Up to 8 rows
-# in all, the first ones, may be computed another way.
+# in all, the first ones, may be computed another way, and so may up to 2 sequences.
 SHAPES = [(2, 3, 5, [2, 2, 2]), (1, 2, 17, [1, 1]), (3, 1, 1, [3]), (8, 18, 37, [8]),
           (3, 35, 21, [3, 3, 1]), (13, 2, 3, [13, 13]), (4, 3, 16, [4, 3, 3, 1]),
-          (5, 2, 9, [5, 5, 1, 1]), (9, 20, 37, [9, 4])]
+          (5, 2, 9, [5, 5, 1, 1]), (9, 20, 37, [9, 4]), (2, 20, 5, [2, 2, 2, 2, 1])]
 # With full and cut tiles, full and cut pairs of tiles, of rows and of units; equal steps and packed
 TILES = [(16, 32, 96, [16, 16]), (17, 33, 97, [17, 17, 16, 3]), (33, 40, 130, [33, 33, 33]),
-         (50, 65, 128, [50, 50, 31, 31, 1]), (64, 7, 257, [64, 64])]
+         (50, 65, 128, [50, 50, 31, 31, 1]), (64, 7, 257, [64, 64]), (1, 70, 150, [1] * 10)]
 REVERSE = [False, True]
 
 
@@ -151,7 +151,8 @@ def test_backward_twice_gives_the_same(place):
 
 @pytest.mark.parametrize("B,I,H,sizes", [
     (32, 7, 40, [32] * 5), (3, 64, 300, [3] * 6), (33, 5, 257, [33, 30, 7, 1]),
-    (64, 9, 128, [64] * 3), (1, 64, 512, [1]), (8, 70, 257, [8]), (3, 65, 300, [3, 3, 2])], ids=str)
+    (64, 9, 128, [64] * 3), (1, 64, 512, [1]), (8, 70, 257, [8]), (3, 65, 300, [3, 3, 2]),
+    (2, 70, 300, [2] * 6 + [1] * 3)], ids=str)
 @pytest.mark.parametrize("kernel,dtype", [
     ("vector", torch.float32), ("vector", torch.float64), ("vector", torch.bfloat16),
     ("avx512_bf16", torch.bfloat16), ("amx", torch.float32), ("amx", torch.bfloat16)],
@@ -166,7 +167,7 @@ def test_same_bits_from_run_to_run_and_for_any_number_of_threads(B, I, H, sizes,
             torch.set_num_threads(threads)
             h, c, gates = torch.ops.rnn.lstm_forward(x, w_ih, bias, h0, c0, w_hh, sizes, False,
                                                      True)
-            back = torch.ops.rnn.lstm_backward(h, c, gates, c, c0, None, w_hh, sizes, False)
+            back = torch.ops.rnn.lstm_backward(h, c, gates, c, c0, w_ih, w_hh, sizes, False)
             results.append((h, c, gates, *back))
     finally:
         torch.set_num_threads(before)
@@ -339,7 +340,7 @@ def test_bfloat16_is_exact_but_for_its_rounding(shape, reverse, kernel):
         assert error <= 3 * eps * size + 1e-6
 
 
-@kernels("simple", "vector", "avx512_bf16", "amx")
+@kernels("vector", "avx512_bf16", "amx")
 def test_small_numbers_keep_their_precision(kernel):
     """bfloat16 has 8 bits, whatever the exponent. Without biases the gates' inputs are small."""
     torch.manual_seed(0)
@@ -351,7 +352,7 @@ def test_small_numbers_keep_their_precision(kernel):
         assert (y - expected).norm() < 2**-8 * expected.norm()
 
 
-@kernels("simple", "vector", "avx512_bf16", "amx")
+@kernels("vector", "avx512_bf16", "amx")
 @pytest.mark.parametrize("B,T,I,H", [(32, 20, 24, 64), (16, 30, 64, 128), (3, 40, 10, 33)])
 def test_autocast_is_no_further_from_the_truth_than_torch(B, T, I, H, kernel):
     theirs, ours = nn.LSTM(I, H, 2), rnn.LSTM(I, H, 2)
@@ -423,9 +424,9 @@ def test_the_limit_of_float32_in_three_parts(kernel):
 @pytest.mark.parametrize("B,I,H,sizes", [
     (3, 5, 7, [3, 3, 1]), (32, 65, 130, [32] * 9 + [20] * 3), (64, 64, 200, [64] * 70)], ids=str)
 @pytest.mark.parametrize("kernel,dtype", [
-    ("simple", torch.float64), ("simple", torch.bfloat16), ("vector", torch.float32),
-    ("vector", torch.float64), ("vector", torch.bfloat16), ("avx512_bf16", torch.bfloat16),
-    ("amx", torch.float32), ("amx", torch.bfloat16)], ids=str, indirect=["kernel"])
+    ("simple", torch.float64), ("vector", torch.float32), ("vector", torch.float64),
+    ("vector", torch.bfloat16), ("avx512_bf16", torch.bfloat16), ("amx", torch.float32),
+    ("amx", torch.bfloat16)], ids=str, indirect=["kernel"])
 @pytest.mark.parametrize("reverse", REVERSE)
 def test_weight_gradients(B, I, H, sizes, kernel, dtype, reverse):
     N, compute = sum(sizes), torch.ops.rnn.lstm_weight_gradients

@@ -4,10 +4,9 @@
 #   clang    the other compiler
 #   avx2     for CPUs without AVX-512 and AMX
 #   alone    without OpenMP: one thread
-#   simple   without the fast kernels, as for a compiler that has no vector types
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-for build in ${*:-clang avx2 alone simple}; do
+for build in ${*:-clang avx2 alone}; do
   work=${TMPDIR:-/tmp}/rnn_builds/$build  # stays: next time only what has changed is compiled
   mkdir -p "$work"
   rm -rf "$work"/{csrc,tests}
@@ -17,11 +16,6 @@ for build in ${*:-clang avx2 alone simple}; do
     clang) compiler=clang++ ;;
     avx2) sed -i 's/-march=native/-march=haswell/' "$flags"; grep -q haswell "$flags" ;;
     alone) sed -i 's/\["-fopenmp"\]/[]/' "$flags"; grep -q 'else \[\]$' "$flags" ;;
-    simple)
-      sed -i 's/^SOURCES = .*/SOURCES = ["lstm.cpp", "lstm_simple.cpp"]/' "$flags"
-      sed -i 's/"-O3", native/"-DRNN_ONLY_SIMPLE", &/' "$flags"
-      grep -q RNN_ONLY_SIMPLE "$flags"
-      ;;
   esac
   echo "== $build"
   (cd "$work" && CXX=$compiler TORCH_EXTENSIONS_DIR=$work/extensions \
