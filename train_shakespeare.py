@@ -108,7 +108,6 @@ def fast_dtype(device):
 
 # ---- What the run below needs ----------------------------------------------------------------
 
-
 def say(message, end="\n"):
     """Print from rank 0. When nobody reads it any more (`| head`), the run ends as by Ctrl-C."""
     global stop
@@ -231,7 +230,6 @@ if __name__ == "__main__":
         fail(f"--device {device} cannot be used, or lacks {needed:,} bytes for the sizes: {error}")
     args.dtype = args.dtype or fast_dtype(device)
     if ddp and not args.sample:  # to sample takes one process
-        import torch.distributed.nn  # later it would keep the group's threads alive
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
         if args.batch % world:
             fail(f"--batch must be a multiple of the {world} processes, got {args.batch}")

@@ -89,7 +89,6 @@ void pack(const W* numbers, int64_t K, int64_t H, int64_t u, typename P::Words* 
 template <typename P, typename W>
 void forward(const Forward<P, W>& a, const std::vector<Step>& steps, const Share& mine) {
   using S = typename P::Sum;
-  using Word = typename P::Word;
   constexpr int L = kLanes<S>, most = kTileRows;
   const int64_t H = a.H, wide = padded<typename P::Number>(H);
   const int64_t K_x = a.I / P::numbers, K_h = ceil_div(H, P::numbers), K = K_x + K_h;  // words
@@ -172,7 +171,8 @@ void forward(const Forward<P, W>& a, const std::vector<Step>& steps, const Share
 // ---- Backward ----
 //
 // The product of a step is da [W_hh W_ih]: first the columns of da' W_hh, which the step before
-// wants, or h0; then those of dx. Both in vectors, cut into panels of at most kVectors.
+// wants, or h0; then those of dx. Both in vectors, cut into panels of at most kVectors. With few
+// sequences dx follows after the walk.
 
 template <typename P> struct Backward {
   const typename P::Number *dh, *dc, *gates, *c, *c0, *w_ih, *w_hh;  // as in lstm.h; dc may be null
@@ -217,7 +217,6 @@ template <typename P> void input_gradient(const Backward<P>& a, const Share& min
 template <typename P>
 void backward(const Backward<P>& a, const std::vector<Step>& steps, const Share& mine) {
   using S = typename P::Sum;
-  using Word = typename P::Word;
   constexpr int L = kLanes<S>, most = kTileRows;
   const int64_t I = a.I, H = a.H, wide = padded<typename P::Number>(4 * H);
   const int64_t K = 4 * H / P::numbers, units = ceil_div(H, L);  // in vectors; then those of x
@@ -288,7 +287,7 @@ void backward(const Backward<P>& a, const std::vector<Step>& steps, const Share&
     });
     if (!mine.alone) barrier();
   }
-  if (a.B <= kFewSequences) input_gradient(a, mine);  // the walk had the units alone
+  if (a.B <= kFewSequences) input_gradient(a, mine);
 }
 
 // ---- The operators ----
