@@ -331,10 +331,10 @@ if __name__ == "__main__":
             due = run.seconds - evaluated > max(args.seconds / EVALS, 19 * cost)
         ended = done >= 1 or stop or run.stale >= (args.patience or math.inf)
         ended = ended and (recent or run.history)  # not before there is something to evaluate
-        news = torch.tensor([run.seconds, done, due, bool(ended)], dtype=torch.float64)
         if ddp:
+            news = torch.tensor([run.seconds, done, due, bool(ended)], dtype=torch.float64)
             dist.broadcast(news, 0)
-        run.seconds, done, due, ended = news.tolist()
+            run.seconds, done, due, ended = news.tolist()
 
         if recent and (due or ended or run.seconds - reported > 5):
             losses, norms = torch.tensor(recent).unbind(1)  # (steps,) each
