@@ -19,7 +19,7 @@ import rnn
 # in all, the first ones, may be computed another way, and so may up to 2 sequences.
 SHAPES = [(2, 3, 5, [2, 2, 2]), (1, 2, 17, [1, 1]), (3, 1, 1, [3]), (8, 18, 37, [8]),
           (3, 35, 21, [3, 3, 1]), (13, 2, 3, [13, 13]), (4, 3, 16, [4, 3, 3, 1]),
-          (5, 2, 9, [5, 5, 1, 1]), (9, 20, 37, [9, 4]), (2, 35, 5, [2, 2, 2, 2, 1])]
+          (5, 2, 9, [5, 5, 1, 1]), (9, 20, 37, [9, 4]), (2, 34, 3, [2, 2, 2, 2, 1])]
 # With full and cut tiles, full and cut pairs of tiles, of rows and of units; equal steps and packed
 TILES = [(16, 32, 96, [16, 16]), (17, 33, 97, [17, 17, 16, 3]), (33, 40, 130, [33, 33, 33]),
          (50, 65, 128, [50, 50, 31, 31, 1]), (64, 7, 257, [64, 64])]
