@@ -111,9 +111,10 @@ def kernel(request):
 
 
 # Where and in which type the fused LSTM runs: kernel, device, type. Each kernel stands with the
-# types that it computes in a way of its own.
-PLACES = [("simple", "cpu", torch.float64), ("vector", "cpu", torch.float64),
-          ("vector", "cpu", torch.float32), ("vector", "cpu", torch.bfloat16),
+# types that it computes in a way of its own; `simple` also with bfloat16, which it hands on.
+PLACES = [("simple", "cpu", torch.float64), ("simple", "cpu", torch.bfloat16),
+          ("vector", "cpu", torch.float64), ("vector", "cpu", torch.float32),
+          ("vector", "cpu", torch.bfloat16),
           ("avx512_bf16", "cpu", torch.bfloat16),
           ("amx", "cpu", torch.float32), ("amx", "cpu", torch.bfloat16)]
 if torch.cuda.is_available():

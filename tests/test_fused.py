@@ -340,7 +340,7 @@ def test_bfloat16_is_exact_but_for_its_rounding(shape, reverse, kernel):
         assert error <= 3 * eps * size + 1e-6
 
 
-@kernels("vector", "avx512_bf16", "amx")
+@kernels("simple", "vector", "avx512_bf16", "amx")
 def test_small_numbers_keep_their_precision(kernel):
     """bfloat16 has 8 bits, whatever the exponent. Without biases the gates' inputs are small."""
     torch.manual_seed(0)
@@ -352,7 +352,7 @@ def test_small_numbers_keep_their_precision(kernel):
         assert (y - expected).norm() < 2**-8 * expected.norm()
 
 
-@kernels("vector", "avx512_bf16", "amx")
+@kernels("simple", "vector", "avx512_bf16", "amx")
 @pytest.mark.parametrize("B,T,I,H", [(32, 20, 24, 64), (16, 30, 64, 128), (3, 40, 10, 33)])
 def test_autocast_is_no_further_from_the_truth_than_torch(B, T, I, H, kernel):
     theirs, ours = nn.LSTM(I, H, 2), rnn.LSTM(I, H, 2)
@@ -424,9 +424,9 @@ def test_the_limit_of_float32_in_three_parts(kernel):
 @pytest.mark.parametrize("B,I,H,sizes", [
     (3, 5, 7, [3, 3, 1]), (32, 65, 130, [32] * 9 + [20] * 3), (64, 64, 200, [64] * 70)], ids=str)
 @pytest.mark.parametrize("kernel,dtype", [
-    ("simple", torch.float64), ("vector", torch.float32), ("vector", torch.float64),
-    ("vector", torch.bfloat16), ("avx512_bf16", torch.bfloat16), ("amx", torch.float32),
-    ("amx", torch.bfloat16)], ids=str, indirect=["kernel"])
+    ("simple", torch.float64), ("simple", torch.bfloat16), ("vector", torch.float32),
+    ("vector", torch.float64), ("vector", torch.bfloat16), ("avx512_bf16", torch.bfloat16),
+    ("amx", torch.float32), ("amx", torch.bfloat16)], ids=str, indirect=["kernel"])
 @pytest.mark.parametrize("reverse", REVERSE)
 def test_weight_gradients(B, I, H, sizes, kernel, dtype, reverse):
     N, compute = sum(sizes), torch.ops.rnn.lstm_weight_gradients
