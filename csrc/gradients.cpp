@@ -83,10 +83,7 @@ Three run(const at::Tensor& da, const at::Tensor& x, const at::Tensor& h, const 
   using S = typename P::Sum;
   const int64_t N = x.size(0), I = x.size(1), H = h0.size(1);
   const auto floats = da.options().dtype(c10::CppTypeToScalarType<S>::value);
-  auto read = [&](const at::Tensor& t) {
-    return t.to(c10::CppTypeToScalarType<T>::value).contiguous();
-  };
-  const auto da_ = read(da), x_ = read(x), h_ = read(h), h0_ = read(h0);
+  const auto da_ = as<T>(da), x_ = as<T>(x), h_ = as<T>(h), h0_ = as<T>(h0);
   auto dw_ih = buffer({4 * H, I}, floats), dw_hh = buffer({4 * H, H}, floats);
   auto dbias = at::zeros({4 * H}, floats);
   const int64_t vectors = ceil_div(I, kLanes<S>) + ceil_div(H, kLanes<S>);

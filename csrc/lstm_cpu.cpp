@@ -311,7 +311,7 @@ Three run_forward(const at::Tensor& x, const at::Tensor& w_ih, const at::Tensor&
   const int64_t panels = ceil_div(H, kLanes<S>);
   auto h = buffer({N, H}, like), c_now = buffer({B, H}, floats).copy_(c0);
   auto c = save ? buffer({N, H}, like) : c_now, gates = buffer({save ? N : 0, 4 * H}, like);
-  const auto x_ = whole_words<P>(x.to(type)), bias_ = bias.to(sum_type).contiguous();
+  const auto x_ = whole_words<P>(x.to(type)), bias_ = as<S>(bias);
   const auto w_ih_ = whole_words<P>(w_ih), w_hh_ = whole_words<P>(w_hh);
   const int64_t I = x_.size(1), K = (I + w_hh_.size(1)) / P::numbers;
   auto packed = buffer({few ? 0 : panels, K, 4 * kBytes}, like.dtype(at::kByte));
@@ -345,9 +345,8 @@ Four run_backward(const at::Tensor& dh, const std::optional<at::Tensor>& dc,
   const int64_t K = 4 * H / P::numbers;
   auto da = buffer({N, 4 * H}, like), dx = buffer({N, I}, like);
   auto dh0 = at::zeros({B, H}, like), dc_now = at::zeros({B, H}, floats);
-  auto read = [&](const at::Tensor& t) { return t.to(type).contiguous(); };
-  const auto dh_ = read(dh), gates_ = read(gates), c_ = read(c), c0_ = read(c0);
-  const auto w_hh_ = read(w_hh), w_ih_ = w_ih ? read(*w_ih) : w_hh_, dc_ = dc ? read(*dc) : dh_;
+  const auto dh_ = as<T>(dh), gates_ = as<T>(gates), c_ = as<T>(c), c0_ = as<T>(c0);
+  const auto w_hh_ = as<T>(w_hh), w_ih_ = w_ih ? as<T>(*w_ih) : w_hh_, dc_ = dc ? as<T>(*dc) : dh_;
   auto packed = buffer({vectors, K, kBytes}, like.dtype(at::kByte));
   auto da_now = buffer({2, B, padded<T>(4 * H)}, like);
   Backward<P> a{data<T>(dh_), dc ? data<T>(dc_) : nullptr, data<T>(gates_), data<T>(c_),

@@ -90,6 +90,11 @@ inline std::vector<Step> walk(at::IntArrayRef sizes, bool reverse) {
   return steps;
 }
 
+// As the kernels read it: numbers of type T, row after row.
+template <typename T> at::Tensor as(const at::Tensor& t) {
+  return t.to(c10::CppTypeToScalarType<T>::value).contiguous();
+}
+
 template <typename T> T* data(at::Tensor& t) { return static_cast<T*>(t.data_ptr()); }
 template <typename T> const T* data(const at::Tensor& t) {
   return static_cast<const T*>(t.const_data_ptr());
